@@ -1,0 +1,1 @@
+"""Contrastive terms for any trainer (CRAFT)."""

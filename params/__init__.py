@@ -1,0 +1,18 @@
+"""What can be turned: dataclasses of the standard library, their presets and how they are resolved."""
+
+from params.basic import BasicParams
+from params.errors import UserError
+from params.lora import LoRAParams, QLoRAParams
+from params.munichus import MUNIChusLoadConfig
+from params.sft import SFTParams
+from params.train import TrainParams
+
+__all__ = [
+    "BasicParams",
+    "LoRAParams",
+    "MUNIChusLoadConfig",
+    "QLoRAParams",
+    "SFTParams",
+    "TrainParams",
+    "UserError",
+]

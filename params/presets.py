@@ -1,0 +1,131 @@
+"""The numbers and target modules of each (model, mode), and where each of them writes.
+
+Nothing else in the project asks which mode a run has. To change what ``inft train X --demo`` does, change DEMO;
+to change what is adapted, change TARGETS and WIDER.
+"""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from params.lora import LoRAParams
+from params.train import ModelName, TrainingMode
+
+MODEL_NAMES: tuple[ModelName, ...] = get_args(ModelName)
+TRAINING_MODES: tuple[TrainingMode, ...] = get_args(TrainingMode)
+Values = Mapping[str, Mapping[str, Any]]  # section -> field -> value
+
+# BasicParams' fields of each family: model name, processor name.
+MODEL_FIELDS: Mapping[str, tuple[str, str]] = {
+    "llama32": ("llama_model_name", "llama_processor_name"),
+    "aya": ("aya_model_name", "aya_processor_name"),
+    "text": ("text_model_name", "text_processor_name"),
+}
+
+# SFTParams' fields of each (model, mode): output directory, directory of the best adapter.
+OUTPUT_FIELDS: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("llama32", "basic"): ("llama_32_output_dir", "llama32_best_model_dir"),
+    ("llama32", "advanced"): ("llama32_adv_output_dir", "llama32_adv_best_model_dir"),
+    ("aya", "basic"): ("aya_output_dir", "aya_best_model_dir"),
+    ("aya", "advanced"): ("aya_adv_output_dir", "aya_adv_best_model_dir"),
+    ("text", "basic"): ("text_output_dir", "text_best_model_dir"),
+    ("text", "advanced"): ("text_adv_output_dir", "text_adv_best_model_dir"),
+}
+
+# Each pattern must match the whole name of a linear layer. The vision towers are in none of them.
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    "llama32": (r".*language_model\.layers\.\d+\.(self_attn|cross_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",),
+    "aya": (r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",),
+    # Attention and MLP of Llama-like models, then of Phi, GPT-NeoX, OPT and GPT-2.
+    "text": (
+        r".*\.((q|k|v|o|gate|up|down|qkv|gate_up|out)_proj"
+        r"|query_key_value|dense|dense_h_to_4h|dense_4h_to_h|fc1|fc2|fc_in|fc_out|c_attn|c_fc|c_proj)",
+    ),
+}
+
+# What the advanced mode adapts besides.
+WIDER: Mapping[str, tuple[str, ...]] = {
+    "llama32": (r".*multi_modal_projector",),
+    "aya": (r".*multi_modal_projector\.linear_[12]",),
+    "text": (r"(?!(lm_head|embed_out|output|output_layer)$).+",),  # every linear layer but the head
+}
+
+# LoRAParams' field that replaces the whole list in advanced mode.
+ADVANCED_FIELD: Mapping[str, str] = {
+    "llama32": "advanced_target_modules",
+    "aya": "aya_advanced_target_modules",
+    "text": "advanced_target_modules",
+}
+
+# A demo runs on the embedded models, whose weights are too small to quantise and whose base knows seven languages.
+_DEMO_SFT: Mapping[str, Any] = {
+    "max_steps": 900,
+    "lr": 3e-3,
+    "warmup_ratio": 0.05,
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "logging_steps": 25,
+    "save_steps": 150,
+    "eval_steps": 150,
+    "early_stopping_threshold": 0.0,
+}
+
+
+def _demo(model: str, *, r: int = 32, alpha: int = 64, max_length: int = 512, **sft: Any) -> Values:
+    """Every section of a demo preset; keywords replace entries of _DEMO_SFT."""
+    embedded = dict.fromkeys(MODEL_FIELDS[model], "")
+    return {
+        "basic": {"dtype": "float32", "max_length": max_length, **embedded},
+        "data": {"data": "sample", "num_workers": 0},
+        "qlora": {"load_in_4bit": False},
+        "lora": {"r": r, "alpha": alpha, "dropout": 0.0},
+        "sft": {**_DEMO_SFT, **sft},
+    }
+
+
+DEMO: Mapping[tuple[str, str], Values] = {
+    ("llama32", "basic"): _demo("llama32"),
+    ("llama32", "advanced"): _demo("llama32"),
+    ("aya", "basic"): _demo("aya"),
+    ("aya", "advanced"): _demo("aya"),
+    ("text", "basic"): _demo("text"),
+    ("text", "advanced"): _demo("text"),
+}
+
+# The released models run on the defaults of the dataclasses; a row here changes that for one of them.
+RELEASED: Mapping[tuple[str, str], Values] = {}
+
+# The drawn scenes' `content` lists what is to be seen: a text model needs it, an image model must not read it.
+SAMPLE_CONTEXT: Mapping[str, str] = {"llama32": "none", "aya": "none", "text": "content"}
+
+# What a demo on the sample set teaches: languages that the embedded models do not know.
+NEW_LANGUAGES = ("ur", "si", "yue")
+
+
+def preset(model: str, mode: str, *, demo: bool, source: str | None) -> Values:
+    """The values that a run of (model, mode) changes on the dataclasses' defaults.
+
+    `source` is the user's `data.data`; None stands for the sample set in a demo and for MUNIChus otherwise.
+    """
+    values = {section: dict(fields) for section, fields in (DEMO if demo else RELEASED).get((model, mode), {}).items()}
+    if source == "sample" or (demo and source is None):
+        data = values.setdefault("data", {})
+        data["context"] = SAMPLE_CONTEXT[model]
+        if demo:
+            data["languages"] = NEW_LANGUAGES
+    return values
+
+
+def lora_targets(model: str, mode: str, lora: LoRAParams) -> tuple[str, ...]:
+    """The patterns whose linear layers get adapters: LoRAParams' own where given, else the preset.
+
+    In advanced mode the advanced list, when given, is the whole list; without it the projector (for text models every
+    layer but the head) joins the basic one.
+    """
+    basic = lora.target_modules or TARGETS[model]
+    if mode != "advanced":
+        return basic
+    whole: tuple[str, ...] = getattr(lora, ADVANCED_FIELD[model])
+    return whole or (*basic, *WIDER[model])

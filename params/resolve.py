@@ -1,0 +1,241 @@
+"""From a command line to checked parameters, and from checked parameters to a file and back.
+
+Later layers win: defaults, the preset of (model, mode), the YAML file, ``--set``, the other flags. Everything that is
+wrong in any of them is reported at once.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from params.basic import BasicParams
+from params.check import SECTIONS, checked
+from params.contradictions import contradictions
+from params.errors import UserError
+from params.presets import MODEL_FIELDS, MODEL_NAMES, OUTPUT_FIELDS, TRAINING_MODES, preset
+from params.sft import SFTParams
+from params.train import ModelName, TrainingMode, TrainParams
+from params.yamlfile import Given, read_yaml, write_yaml
+
+Layer = dict[str, Given]
+
+# What each flag of `inft train` sets. model_name and output_dir stand for the fields of the run's family and mode.
+FLAGS: Mapping[str, tuple[str, ...]] = {
+    "model": ("model_name",),
+    "output_dir": ("output_dir",),
+    "data": ("data.data",),
+    "languages": ("data.languages",),
+    "max_rows_per_lang": ("data.max_rows_per_lang",),
+    "eval_fraction": ("data.eval_fraction",),
+    "max_bad_fraction": ("data.max_bad_fraction",),
+    "epochs": ("sft.num_epochs",),
+    "max_steps": ("sft.max_steps",),
+    "quantize": ("qlora.load_in_4bit",),
+    "seed": ("basic.seed", "data.seed"),
+}
+
+
+class Identity(NamedTuple):
+    """What a run is: it picks the preset, the directories and the fields that name the model."""
+
+    model: ModelName
+    training_mode: TrainingMode
+    demo: bool
+
+    @property
+    def task(self) -> str:
+        """The tag of the run's log: "aya_basic", "aya_basic_demo"."""
+        return f"{self.model}_{self.training_mode}{'_demo' if self.demo else ''}"
+
+    def own_names(self) -> dict[str, str]:
+        """The section fields that TrainParams' own fields stand for in this run."""
+        model, processor = MODEL_FIELDS[self.model]
+        output, best = OUTPUT_FIELDS[self.model, self.training_mode]
+        return {
+            "model_name": f"basic.{model}",
+            "processor_name": f"basic.{processor}",
+            "output_dir": f"sft.{output}",
+            "best_model_dir": f"sft.{best}",
+        }
+
+
+def resolve_train(
+    model: str,
+    *,
+    training_mode: str | None = None,
+    demo: bool | None = None,
+    config_file: Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> TrainParams:
+    """Return the parameters of one ``inft train`` run; raises one UserError that lists everything wrong.
+
+    None for `training_mode` and `demo` leaves them to the file, and without one to basic and False. `overrides` are
+    the texts of ``--set``, such as "sft.lr=2e-4". `flags` are keyed as in FLAGS or by dotted names; None is not given.
+    """
+    file, problems = read_yaml(config_file) if config_file else ({}, [])
+    layers = [file, _set_layer(overrides, problems), _flag_layer(flags or {}, problems)]
+    told = {"model": model, "training_mode": training_mode, "demo": demo}
+    identity = _identity(told, file, problems)
+    if identity is not None:
+        layers = [_own(layer, identity, problems) for layer in layers]
+        layers.insert(0, _base_layer(identity, _last(layers, "data.data"), _last(layers, "basic.output_dir")))
+    values = _merged(layers, problems)
+    if identity is not None and not problems:
+        params = _train_params(identity, values)
+        problems = contradictions(params)
+        if not problems:
+            return params
+    raise _user_error(problems)
+
+
+def dump_yaml(params: TrainParams) -> str:
+    """The parameters as YAML text that load_params reads back to an equal TrainParams."""
+    return write_yaml(_plain(asdict(params)))
+
+
+def load_params(path: Path) -> TrainParams:
+    """Read a params.yaml that dump_yaml wrote; fields it lacks keep their defaults; UserError when it is wrong."""
+    given, problems = read_yaml(path)
+    values = checked(given, problems)
+    required = ("model", "output_dir", "best_model_dir", "model_name", "processor_name", "task")
+    problems += [f"{path}: {name} is missing." for name in required if name not in given]
+    if problems:
+        raise _user_error(problems)
+    return TrainParams(**_sections(values), **{key: value for key, value in values.items() if "." not in key})
+
+
+def _identity(told: Mapping[str, Any], file: Layer, problems: list[str]) -> Identity | None:
+    """Model, mode and demo as told on the command line or, where that is silent, in the file; None when wrong."""
+    before = len(problems)
+    found: dict[str, Any] = {"training_mode": "basic", "demo": False}
+    stated = checked({key: file[key] for key in Identity._fields if key in file}, [])
+    for key, value in told.items():
+        found[key] = value if value is not None else stated.get(key, found.get(key))
+        if value is not None and stated.get(key, value) != value:
+            problems.append(f"{file[key].origin}: {key} is {stated[key]}, but the command line says {value}.")
+    for key, known in {"model": MODEL_NAMES, "training_mode": TRAINING_MODES}.items():
+        if found[key] not in known:
+            near = difflib.get_close_matches(str(found[key]), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+            problems.append(f"unknown {key.replace('_', ' ')} {found[key]!r}; {hint}")
+    return Identity(**found) if len(problems) == before else None
+
+
+def _set_layer(overrides: Sequence[str], problems: list[str]) -> Layer:
+    layer: Layer = {}
+    for text in overrides:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            problems.append(f"--set {text}: expected section.field=value, such as sft.lr=2e-4.")
+        elif key in Identity._fields:
+            problems.append(
+                f"--set {key}: say it on the command line instead (inft train MODEL --training-mode --demo)."
+            )
+        else:
+            layer[key] = Given(value, "--set", is_text=True)
+    return layer
+
+
+def _flag_layer(flags: Mapping[str, Any], problems: list[str]) -> Layer:
+    given = {name: value for name, value in flags.items() if value is not None}
+    if "epochs" in given and "max_steps" in given:
+        problems.append("--epochs and --max-steps: give one of them; steps end the run whatever the epochs.")
+    layer: Layer = {}
+    for name, value in given.items():
+        origin = f"--{name.replace('_', '-')}" if name != "quantize" else "--no-quantize"
+        layer.update(dict.fromkeys(FLAGS.get(name, (name,)), Given(value, origin, isinstance(value, str))))
+    return layer
+
+
+def _own(layer: Layer, identity: Identity, problems: list[str]) -> Layer:
+    """The layer in section fields only, with what follows from a field that is given alone.
+
+    A model brings its own processor, an output directory holds its best adapter, and epochs replace the steps of a
+    lower layer.
+    """
+    names = identity.own_names()
+    for name, field in names.items():
+        if name in layer and field in layer and layer[name].value != layer[field].value:
+            problems.append(f"{layer[name].origin}: {name} and {field} differ but mean the same: drop one.")
+    own = {names.get(key, key): given for key, given in layer.items() if key not in Identity._fields}
+    followers = {
+        "model_name": ("processor_name", lambda name: name),
+        "output_dir": ("best_model_dir", lambda directory: str(Path(directory) / "best")),
+    }
+    for leader, (follower, derive) in followers.items():
+        given = own.get(names[leader])
+        if given is not None and isinstance(given.value, str):
+            own.setdefault(names[follower], given._replace(value=derive(given.value)))
+    if "sft.num_epochs" in own:
+        own.setdefault("sft.max_steps", Given(None, own["sft.num_epochs"].origin))
+    return own
+
+
+def _base_layer(identity: Identity, source: Any, outputs: Any) -> Layer:
+    """The preset, and the directories that SFTParams names under basic.output_dir (with _demo for a demo)."""
+    names = identity.own_names()
+    default_output, default_best = (
+        Path(getattr(SFTParams(), names[key].removeprefix("sft."))) for key in ("output_dir", "best_model_dir")
+    )
+    beneath = default_output.relative_to(BasicParams().output_dir)
+    output = Path(str(outputs or BasicParams().output_dir)) / f"{beneath}{'_demo' if identity.demo else ''}"
+    best = output / default_best.relative_to(default_output)
+    sections = preset(identity.model, identity.training_mode, demo=identity.demo, source=source)
+    values = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+    values |= {names["output_dir"]: str(output), names["best_model_dir"]: str(best)}
+    return {key: Given(value, "preset") for key, value in values.items()}
+
+
+def _merged(layers: Sequence[Layer], problems: list[str]) -> dict[str, Any]:
+    """The checked values of the layers; later ones win, and mappings gain entries, from the default's onwards."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in checked(layer, problems).items():
+            if isinstance(value, Mapping):
+                section, _, name = key.partition(".")
+                value = {**values.get(key, getattr(SECTIONS[section](), name)), **value}
+            values[key] = value
+    return values
+
+
+def _last(layers: Sequence[Layer], key: str) -> Any:
+    """What the topmost layer that has the key says; None when no layer has it."""
+    return next((layer[key].value for layer in reversed(layers) if key in layer), None)
+
+
+def _train_params(identity: Identity, values: Mapping[str, Any]) -> TrainParams:
+    sections = _sections(values)
+    names = {
+        own: getattr(sections[section], name)
+        for own, key in identity.own_names().items()
+        for section, _, name in [key.partition(".")]
+    }
+    return TrainParams(**identity._asdict(), **names, task=values.get("task", identity.task), **sections)
+
+
+def _sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One dataclass per section from dotted values; fields that are not given keep their defaults."""
+    return {
+        section: cls(**{key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")})
+        for section, cls in SECTIONS.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and mappings as dicts, for YAML."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _user_error(problems: Sequence[str]) -> UserError:
+    if len(problems) == 1:
+        return UserError(problems[0])
+    return UserError(
+        f"{len(problems)} errors in the parameters:\n" + "\n".join(f"  - {problem}" for problem in problems)
+    )
