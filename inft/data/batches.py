@@ -1,0 +1,149 @@
+"""load_samples: from a source to checked samples, split into rows to train on and rows held out."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from inft.data.heldout import hold_out
+from inft.data.images import check_images
+from inft.data.languages import any_language_will_do, available_languages
+from inft.data.locate import find_source
+from inft.data.pool import Entry, Pool, collect, drop_images, own_validation, spread_entries, take_images
+from inft.data.quarantine import first_reasons, refuse_too_many, write_quarantine
+from inft.data.rows import BadRow, MissingSplit, Row
+from inft.sample import Sample
+from params.errors import UserError
+from params.munichus import MUNIChusLoadConfig
+
+__all__ = ["BadRow", "Loaded", "MissingSplit", "Row", "load_samples"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """The samples of a run and what was left out."""
+
+    train: list[Sample]
+    heldout: list[Sample]
+    source: str  # name in SOURCES
+    fingerprint: str  # sha256 over the rows
+    rows_per_language: dict[str, tuple[int, int]]  # language -> rows to train on, rows held out
+    dropped_empty: int
+    quarantined: int
+    quarantine_file: Path | None  # None: no bad row, or nowhere to write them
+
+
+def load_samples(
+    config: MUNIChusLoadConfig,
+    *,
+    quarantine_file: Path | None,
+    with_images: bool,
+    on_progress: Callable[[int], None] | None = None,
+) -> Loaded:
+    """Read, filter, cap, check and split the rows of a run.
+
+    Every image is decoded once before training; ``on_progress`` hears how many are done. Without images (text models)
+    they are neither read nor needed. The held-out rows are the source's validation split where it has one, else a
+    share of the articles; none with ``eval_fraction`` 0.
+
+    Errors: UserError for an unknown source or language, for more bad rows than ``max_bad_fraction`` (the quarantine
+    file names them) and when no row is left.
+    """
+    source, location = find_source(config)
+    train = collect(config, source=source, location=location, split=config.split)
+    if train.found:
+        available_languages(config, train.found, source=location or source)
+    own = own_validation(config, train, source=source, location=location)
+    pools = [train] if own is None else [train, own]
+    _check_images(pools, with_images=with_images, on_progress=on_progress)
+
+    bad = [row for pool in pools for row in pool.bad]
+    written = write_quarantine(quarantine_file, bad)
+    refuse_too_many(
+        bad,
+        estimate=sum(pool.bad_estimate for pool in pools),
+        read=sum(pool.read for pool in pools),
+        config=config,
+        file=written,
+    )
+    _refuse_nothing(train, name=location or source)
+
+    trained, heldout = _split(config, train, own)
+    _refuse_untrained_languages(config, train, trained, name=location or source)
+    return Loaded(
+        train=[entry.sample for entry in trained],
+        heldout=[entry.sample for entry in heldout],
+        source=source,
+        fingerprint=_fingerprint(trained, heldout),
+        rows_per_language=_per_language(config, trained, heldout),
+        dropped_empty=sum(pool.empty.total() for pool in pools),
+        quarantined=len(bad),
+        quarantine_file=written,
+    )
+
+
+def _check_images(pools: Iterable[Pool], *, with_images: bool, on_progress: Callable[[int], None] | None) -> None:
+    if not with_images:
+        for pool in pools:
+            drop_images(pool)
+        return
+    images = (entry.sample.image for pool in pools for entry in pool.entries)
+    digests = check_images((image for image in images if image is not None), on_progress=on_progress)
+    for pool in pools:
+        take_images(pool, digests)
+
+
+def _refuse_nothing(pool: Pool, *, name: str) -> None:
+    if not pool.entries:
+        raise UserError(
+            f"no rows left of {name}: {pool.found.total()} read, {pool.empty.total()} without a caption, "
+            f"{len(pool.bad)} bad.\n{first_reasons(pool.bad)}".rstrip()
+        )
+
+
+def _refuse_untrained_languages(config: MUNIChusLoadConfig, pool: Pool, trained: Sequence[Entry], *, name: str) -> None:
+    """Raise UserError when the filters or the held-out split left nothing of a language that was asked for."""
+    left = {entry.sample.language for entry in trained}
+    for language in () if any_language_will_do(config) else config.languages:
+        if language not in left:
+            bad = sum(row.language == language for row in pool.bad)
+            raise UserError(
+                f"no row in language {language!r} is left to train on: of {pool.found[language]} in {name}, "
+                f"{pool.empty[language]} are without a caption, {bad} are bad and the rest is held out. "
+                "Leave the language out of --languages or hold out less with --eval-fraction."
+            )
+
+
+def _split(config: MUNIChusLoadConfig, train: Pool, own: Pool | None) -> tuple[list[Entry], list[Entry]]:
+    if own is not None and own.entries:  # a validation split without a row in these languages is none
+        return train.entries, own.entries
+    held = hold_out([_leak_key(entry) for entry in train.entries], fraction=config.eval_fraction, seed=config.seed)
+    pairs = list(zip(train.entries, held, strict=True))
+    heldout = [entry for entry, out in pairs if out]
+    return [entry for entry, out in pairs if not out], spread_entries(heldout, config.max_eval_rows)
+
+
+def _leak_key(entry: Entry) -> tuple[str, str]:
+    """What a row shares with others of its article; its own text where it has neither title nor image."""
+    title = entry.sample.meta["title"]
+    return (title, entry.image_key) if title or entry.image_key else (entry.sample.answer, "")
+
+
+def _fingerprint(trained: Sequence[Entry], heldout: Sequence[Entry]) -> str:
+    digest = hashlib.sha256()
+    for split, entries in (("train", trained), ("heldout", heldout)):
+        for entry in entries:
+            sample = entry.sample
+            picture = entry.image_key if sample.image is not None else ""
+            row = [split, sample.meta["where"], sample.language, sample.meta["title"], sample.answer]
+            digest.update(json.dumps([*row, sample.prompt.text, picture]).encode())
+    return digest.hexdigest()
+
+
+def _per_language(
+    config: MUNIChusLoadConfig, trained: Sequence[Entry], heldout: Sequence[Entry]
+) -> dict[str, tuple[int, int]]:
+    counts = [Counter(entry.sample.language for entry in entries) for entries in (trained, heldout)]
+    return {code: (counts[0][code], counts[1][code]) for code in config.languages if any(c[code] for c in counts)}

@@ -1,0 +1,140 @@
+"""From a record with someone's column names to rows with ours; what does not fit becomes a BadRow with its reason."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from inft.data.images import BadImage
+from inft.data.rows import BadRow, Row
+from inft.sample import ImageRef
+from params.errors import UserError
+from params.munichus import MUNIChusLoadConfig
+
+# Our name -> the names it may have when data.columns does not say. `captions` holds a list: one row of each.
+DEFAULT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "image": ("image", "file_name"),
+    "title": ("title",),
+    "content": ("content",),
+    "caption": ("caption", "captions"),
+    "language": ("language",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One line, table row or csv record before its columns are looked at."""
+
+    values: Mapping[str, Any]
+    image: ImageRef
+    where: str
+
+
+class Columns:
+    """Which column of a data set holds what; ``source`` names the data set in messages."""
+
+    def __init__(self, config: MUNIChusLoadConfig, *, source: str):
+        unknown = [ours for ours in config.columns if ours not in DEFAULT_NAMES]
+        if unknown:
+            raise UserError(
+                f"data.columns names {', '.join(map(repr, unknown))}, which is none of our columns: "
+                f"{', '.join(DEFAULT_NAMES)}. Write --set data.columns.caption=NAME for a caption column called NAME."
+            )
+        self._source = source
+        self._mapped: dict[str, str] = {str(ours): theirs for ours, theirs in config.columns.items()}
+        self._names = {ours: self._names_of(ours) for ours in DEFAULT_NAMES}
+
+    def _names_of(self, ours: str) -> tuple[str, ...]:
+        return (self._mapped[ours],) if ours in self._mapped else DEFAULT_NAMES[ours]
+
+    def find(self, ours: str, available: Iterable[str]) -> str | None:
+        """Return the column that holds our ``image``, ``title``, …, or None."""
+        return next((name for name in self._names[ours] if name in available), None)
+
+    def value(self, record: Mapping[str, Any], ours: str) -> Any:
+        """Return the record's value of one of our columns, None when it has none."""
+        name = self.find(ours, record)
+        return None if name is None else record[name]
+
+    def require(self, available: Iterable[str]) -> None:
+        """Raise UserError when no record has captions, or lacks a column that data.columns names."""
+        found = list(available)
+        missing = [ours for ours in ("caption", *self._mapped) if self.find(ours, found) is None]
+        if missing:
+            ours = missing[0]
+            raise UserError(
+                f"{self._source} has no column {' or '.join(map(repr, self._names[ours]))}. "
+                f"Its columns are: {', '.join(found)}. Name the one that holds the {ours} with "
+                f"--set data.columns.{ours}=NAME."
+            )
+
+    def no_image(self, record: Mapping[str, Any]) -> BadImage:
+        """The image of a record that has no image column."""
+        names = " or ".join(map(repr, self._names["image"]))
+        return BadImage(
+            f"no column {names} among {', '.join(record)}: name the one that holds the image with "
+            "--set data.columns.image=NAME"
+        )
+
+
+def read_records(
+    config: MUNIChusLoadConfig,
+    records: Iterable[Record | BadRow],
+    *,
+    columns: Columns,
+    known: Iterable[str] | None = None,
+    language: str | None = None,
+) -> Iterator[Row | BadRow]:
+    """Yield a row for each caption of each record.
+
+    ``known`` are the columns of a table, whose records carry only some; without it they are learnt from the records.
+    ``language`` is that of a one-language table.
+
+    Errors: UserError when no record had a caption column, at the end; single records without one are BadRows.
+    """
+    if known is not None:
+        columns.require(known)
+    seen: dict[str, None] = {}
+    for record in records:
+        if isinstance(record, BadRow):
+            yield record
+            continue
+        seen.update(dict.fromkeys(record.values))
+        yield from _rows_of(config, record, columns, language)
+    if seen and known is None:
+        columns.require(seen)
+
+
+def _rows_of(
+    config: MUNIChusLoadConfig, record: Record, columns: Columns, language: str | None
+) -> Iterator[Row | BadRow]:
+    texts = {ours: columns.value(record.values, ours) for ours in ("title", "content", "language")}
+    fault = next((_not_text(ours, value) for ours, value in texts.items() if not isinstance(value, str | None)), None)
+    title, content, own_language = (value if isinstance(value, str) else "" for value in texts.values())
+    language = language or own_language.strip() or config.default_language
+
+    def bad(reason: str) -> BadRow:
+        return BadRow(where=record.where, reason=reason, language=language or "", title=title)
+
+    if fault is not None:
+        yield bad(fault)
+    elif columns.find("caption", record.values) is None:
+        yield bad(f"no caption column among {', '.join(record.values)}")
+    else:
+        captions = columns.value(record.values, "caption")
+        several = isinstance(captions, list | tuple)
+        for number, caption in enumerate(captions if several and captions else [captions or ""], start=1):
+            if not isinstance(caption, str | None):
+                yield bad(_not_text("caption", caption))
+                continue
+            yield Row(
+                image=record.image,
+                title=title,
+                content=content,
+                caption=caption or "",
+                language=language,
+                where=f"{record.where} caption {number}" if several else record.where,
+            )
+
+
+def _not_text(ours: str, value: Any) -> str:
+    return f"its {ours} is {type(value).__name__} {str(value)[:60]!r}, not text"

@@ -1,0 +1,35 @@
+"""Which of the requested languages a data set has, and what to say of one that it has not."""
+
+import difflib
+from collections.abc import Collection
+
+from params.errors import UserError
+from params.munichus import LANGUAGE_NAMES, MUNIChusLoadConfig
+
+
+def any_language_will_do(config: MUNIChusLoadConfig) -> bool:
+    """Whether the languages are the default, all ten: then a data set of some of them is no mistake."""
+    return config.languages == tuple(LANGUAGE_NAMES)
+
+
+def available_languages(config: MUNIChusLoadConfig, available: Collection[str], *, source: str) -> list[str]:
+    """Return the requested languages that are available, in the requested order.
+
+    Errors: UserError when a requested one is missing (with the default, only when all of them are).
+    """
+    present = [language for language in config.languages if language in available]
+    missing = [language for language in config.languages if language not in available]
+    if missing and not (present and any_language_will_do(config)):
+        raise missing_language(config, missing[0], available, source=source)
+    return present
+
+
+def missing_language(config: MUNIChusLoadConfig, missing: str, available: Collection[str], *, source: str) -> UserError:
+    """Return the error of a language without rows, with the data's languages and the nearest of them."""
+    names = {name.casefold(): code for code, name in config.language_names.items()}
+    wanted = missing.casefold()
+    meant = [names.get(wanted, ""), wanted.split("-")[0], *difflib.get_close_matches(wanted, available, n=1)]
+    near = [code for code in meant if code in available]
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    has = ", ".join(sorted(available)) or "none"
+    return UserError(f"no rows in language {missing!r}: {source} has {has}.{hint} Choose with --languages.")
