@@ -1,0 +1,1 @@
+"""What scripts/make_tiny_models is made of: tokenizer, processors, architectures and the base training."""

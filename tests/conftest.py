@@ -1,0 +1,113 @@
+"""The embedded tiny models, their processors, and small samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import PreTrainedModel
+
+from inft.models import MODELS, load_spec
+from inft.models.collate import CaptionCollator
+from inft.models.loading import load_model, load_processor
+from inft.models.spec import ModelSpec
+from inft.sample import Prompt, Sample
+from params import BasicParams
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StillImage:
+    """An image that is in memory already."""
+
+    image: Image.Image
+
+    def load(self) -> Image.Image:
+        return self.image
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyFamily:
+    """A model family with its embedded processor; models are loaded afresh, so that a test may change them."""
+
+    spec: ModelSpec
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def model(self, *, quantization_config: Any = None, **basic: Any) -> PreTrainedModel:
+        basic = {"dtype": "float32", **basic}
+        return load_model(self.spec, "", basic=BasicParams(**basic), quantization_config=quantization_config)
+
+    def collator(self, **options: Any) -> CaptionCollator:
+        collator: CaptionCollator = self.spec.collator(self.processor, **options)
+        return collator
+
+
+@lru_cache
+def tiny_family(name: str) -> TinyFamily:
+    spec = load_spec(name)
+    return TinyFamily(spec=spec, processor=load_processor(spec, ""))
+
+
+@pytest.fixture(params=MODELS)
+def family(request: pytest.FixtureRequest) -> TinyFamily:
+    """Each family in turn."""
+    return tiny_family(request.param)
+
+
+@pytest.fixture(params=["llama32", "aya"])
+def vlm(request: pytest.FixtureRequest) -> TinyFamily:
+    """Each family that takes images in turn."""
+    return tiny_family(request.param)
+
+
+@pytest.fixture
+def llama32() -> TinyFamily:
+    return tiny_family("llama32")
+
+
+@pytest.fixture
+def aya() -> TinyFamily:
+    return tiny_family("aya")
+
+
+@pytest.fixture
+def text() -> TinyFamily:
+    return tiny_family("text")
+
+
+@pytest.fixture(scope="session")
+def make_sample() -> Callable[..., Sample]:
+    """A sample from words: make_sample(answer, news=…, instruction=…, image=True, where=…)."""
+
+    def sample(
+        answer: str = "A red circle.",
+        *,
+        news: str = "",
+        instruction: str = "Write a caption for this image in English.",
+        image: bool = True,
+        colour: str = "red",
+        where: str = "train.jsonl line 17",
+    ) -> Sample:
+        return Sample(
+            image=StillImage(image=disc(colour)) if image else None,
+            prompt=Prompt(instruction=instruction, news=news),
+            answer=answer,
+            language="en",
+            meta={"where": where, "title": "a title", "source": "test"},
+        )
+
+    return sample
+
+
+def disc(colour: str) -> Image.Image:
+    image = Image.new("RGB", (96, 64), "white")
+    ImageDraw.Draw(image).ellipse((20, 10, 60, 50), fill=colour)
+    return image
