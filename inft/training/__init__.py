@@ -1,0 +1,1 @@
+"""Fine-tuning: load, quantise, adapt, guard, train, keep the best."""

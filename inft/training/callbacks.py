@@ -1,0 +1,189 @@
+"""What happens between optimizer steps: events to the log, the best adapter, early stopping, a graceful stop."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from inft.training.runlog import JsonlLogger
+
+
+class TrainerLoggingCallback(TrainerCallback):
+    """Writes the figures of any Trainer to a JsonlLogger: log, eval and checkpoint events."""
+
+    def __init__(self, logger: JsonlLogger) -> None:
+        self.logger = logger
+        self._window: tuple[float, float] | None = None  # when it began, tokens seen by then; None: not known
+        self._mark = 0.0  # end of the last step, evaluation or checkpoint
+        self._paused = 0.0  # seconds of evaluations and checkpoints in the window
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of tokens per second."""
+        self._mark = time.perf_counter()
+        self._window = (self._mark, 0) if state.global_step == 0 else None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note when the step ended: what follows until the next one is not training."""
+        self._mark = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a log event for the figures of training; those of an evaluation come through on_evaluate."""
+        if logs is None or "loss" not in logs:
+            return
+        logs["tokens_per_second"] = self._speed(logs.get("num_tokens"))
+        known = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch")
+        more = {key: value for key, value in logs.items() if key not in known}
+        self.logger.event(
+            "log",
+            step=state.global_step,
+            epoch=state.epoch,
+            loss=logs["loss"],
+            learning_rate=logs.get("learning_rate"),
+            grad_norm=logs.get("grad_norm"),
+            tokens_per_second=logs["tokens_per_second"],
+            **more,
+        )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write an eval event."""
+        self._pause()
+        metrics = metrics or {}
+        prefix = "eval_loss_"
+        self.logger.event(
+            "eval",
+            step=state.global_step,
+            epoch=state.epoch,
+            loss=metrics.get("eval_loss"),
+            tokens=metrics.get("eval_tokens"),
+            languages={key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)},
+            seconds=metrics.get("eval_runtime"),
+            token_accuracy=metrics.get("eval_mean_token_accuracy"),
+        )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write a checkpoint event."""
+        self._pause()
+        self.logger.event(
+            "checkpoint", step=state.global_step, path=f"{args.output_dir}/checkpoint-{state.global_step}"
+        )
+
+    def _pause(self) -> None:
+        now = time.perf_counter()
+        self._paused += now - self._mark
+        self._mark = now
+
+    def _speed(self, tokens: float | None) -> float | None:
+        """Tokens per second of training since the last call; None without a count or a beginning."""
+        if tokens is None:
+            return None
+        now, window, paused = time.perf_counter(), self._window, self._paused
+        self._window, self._paused = (now, tokens), 0.0
+        return None if window is None else (tokens - window[1]) / (now - window[0] - paused)
+
+
+@dataclass(kw_only=True)
+class BestSoFar:
+    """The lowest evaluation loss yet and how long it has been waited for; saved in every checkpoint."""
+
+    step: int | None = None
+    value: float | None = None
+    reference: float | None = None  # the loss at the last fall that counted for early stopping
+    waited: int = 0  # evaluations since then
+
+
+class BestCallback(TrainerCallback):
+    """After each evaluation: stores the adapter when the loss is lower, stops when it has not fallen for long."""
+
+    def __init__(
+        self, so_far: BestSoFar, *, keep: Callable[[int, float], None] | None, patience: int, threshold: float
+    ) -> None:
+        """``keep(step, value)`` stores the current adapter; None stores none. ``patience`` 0 never stops."""
+        self.so_far = so_far
+        self.keep = keep
+        self.patience = patience
+        self.threshold = threshold
+        self.stopped_early = False
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Judge one evaluation."""
+        assert metrics is not None
+        value, best = metrics["eval_loss"], self.so_far
+        if best.value is None or value < best.value:
+            if self.keep is not None:
+                self.keep(state.global_step, value)
+            best.step, best.value = state.global_step, value
+        # The reference moves only when a fall counts, so that many small falls add up to one that does.
+        if best.reference is None or value < best.reference - self.threshold:
+            best.reference, best.waited = value, 0
+        else:
+            best.waited += 1
+        if self.patience_is_over and state.global_step < state.max_steps:
+            self.stopped_early = True
+            control.should_training_stop = control.should_save = True
+
+    @property
+    def patience_is_over(self) -> bool:
+        """Whether the loss has not fallen for ``patience`` evaluations; never with patience 0."""
+        return self.patience > 0 and self.so_far.waited >= self.patience
+
+
+class GracefulStop(TrainerCallback):
+    """Ctrl-C or SIGTERM: the step is finished and a checkpoint saved; a second one aborts at once.
+
+    Used as a context around training, it puts back the handlers that were there.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "GracefulStop":
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self._before = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.tell("Stopping: the step is finished and a checkpoint saved. Once more aborts at once.")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop when a signal has come in."""
+        if self.requested:
+            control.should_save = control.should_training_stop = True

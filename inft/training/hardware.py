@@ -1,0 +1,57 @@
+"""What the run stands on: devices, library versions and how much memory it took."""
+
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+LIBRARIES = ("inft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def hardware() -> dict[str, Any]:
+    """CUDA, GPU name, torch and its CUDA build, bfloat16 support, threads."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cuda": cuda,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpu_memory_bytes": [
+            torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())
+        ],
+        "torch": torch.__version__,
+        "cuda_build": torch.version.cuda,
+        "bf16": torch.cuda.is_bf16_supported() if cuda else False,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
+
+
+def hardware_line(found: dict[str, Any]) -> str:
+    """The same in one line for the console."""
+    devices = ", ".join(found["gpus"]) if found["cuda"] else "no CUDA device"
+    build = f"CUDA {found['cuda_build']}" if found["cuda_build"] else "CPU build"
+    bf16 = "supported" if found["bf16"] else "not supported"
+    threads = f"{found['threads']} CPU thread{'s' if found['threads'] > 1 else ''}"
+    return f"{devices} · torch {found['torch']} ({build}) · bf16 mixed precision {bf16} · {threads}"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the libraries that decide the result; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Peak resident memory of this process and peak GPU memory, in bytes; None without a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak_gpu_bytes": gpu}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,175 @@
+"""What a run is going to do, in figures: rows, adapters, tokens, steps and where things will be written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+
+from inft.data.batches import Loaded
+from inft.models.spec import ModelSpec
+from inft.sample import Sample
+from inft.training.adapters import Coverage, coverage
+from params import TrainParams
+from params.presets import lora_targets
+
+SAMPLED_ROWS = 32  # rows whose tokens are counted, spread evenly over the training rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFigures:
+    """Tokens of some training rows, image tokens included."""
+
+    rows: int
+    mean: float  # per row
+    longest: int
+    supervised_share: float  # 0 to 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Optimizer steps of a run."""
+
+    per_epoch: int
+    total: int
+    warmup: int
+    effective_batch: int  # rows per optimizer step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything the plan shows."""
+
+    rows: Mapping[str, tuple[int, int]]  # language -> rows to train on, rows held out
+    left_out: Mapping[str, int]  # why -> rows
+    coverage: Sequence[Coverage]
+    trainable: int  # parameters
+    total: int  # parameters, a 4-bit weight counted as one
+    tokens: TokenFigures
+    steps: Steps
+    places: Mapping[str, str]  # what -> where it will be written
+
+
+def count_steps(params: TrainParams, rows: int) -> Steps:
+    """Steps as transformers counts them: a last, smaller batch or accumulation is a step too."""
+    sft = params.sft
+    batches = ceil(rows / sft.per_device_train_batch_size)
+    per_epoch = max(ceil(batches / sft.gradient_accumulation_steps), 1)
+    total = sft.max_steps if sft.max_steps is not None else ceil(sft.num_epochs * per_epoch)
+    return Steps(
+        per_epoch=per_epoch,
+        total=total,
+        warmup=ceil(sft.warmup_ratio * total),  # as transformers rounds a ratio
+        effective_batch=sft.per_device_train_batch_size * sft.gradient_accumulation_steps,
+    )
+
+
+def count_tokens(samples: Sequence[Sample], collator: Any) -> TokenFigures:
+    """Collate SAMPLED_ROWS of the samples, one by one, and count."""
+    stride = max(len(samples) // SAMPLED_ROWS, 1)
+    lengths, supervised = [], 0
+    for sample in samples[::stride][:SAMPLED_ROWS]:
+        batch = collator([sample])
+        lengths.append(int(batch["attention_mask"].sum()))
+        supervised += int((batch["labels"] != -100).sum())
+    return TokenFigures(
+        rows=len(lengths),
+        mean=sum(lengths) / len(lengths),
+        longest=max(lengths),
+        supervised_share=supervised / sum(lengths),
+    )
+
+
+def make_plan(
+    params: TrainParams, loaded: Loaded, too_long: int, *, model: PeftModel, spec: ModelSpec, collator: Any
+) -> Plan:
+    """Gather the figures; ``too_long`` counts the rows dropped for their length."""
+    trainable, total = model.get_nb_trainable_parameters()
+    targets = lora_targets(params.model, params.training_mode, params.lora)
+    return Plan(
+        rows=loaded.rows_per_language,
+        left_out={
+            "without a caption": loaded.dropped_empty,
+            "unusable, in quarantine": loaded.quarantined,
+            f"longer than {params.basic.max_length:,} tokens": too_long,
+        },
+        coverage=coverage(model, spec, targets),
+        trainable=trainable,
+        total=total,
+        tokens=count_tokens(loaded.train, collator),
+        steps=count_steps(params, len(loaded.train)),
+        places={
+            "checkpoints": params.output_dir,
+            "best adapter": params.best_model_dir,
+            "log": str(log_file(params)),
+        },
+    )
+
+
+def log_file(params: TrainParams) -> Path:
+    """Where the events of a run are written."""
+    return Path(params.basic.logs_dir) / f"trainer_{params.task}.jsonl"
+
+
+def show_plan(console: Console, params: TrainParams, plan: Plan) -> None:
+    """Print the plan."""
+    for table in (_rows_table(plan), _coverage_table(plan), _figures_table(params, plan)):
+        console.print(table)
+
+
+def show_parameters(console: Console, text: str) -> None:
+    """Print the resolved parameters as they are saved."""
+    console.print("resolved parameters", style="bold")
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rows_table(plan: Plan) -> Table:
+    table = Table(title="rows")
+    table.add_column("language")
+    table.add_column("to train on", justify="right")
+    table.add_column("held out", justify="right")
+    for language, (train, heldout) in plan.rows.items():
+        table.add_row(language, f"{train:,}", f"{heldout:,}")
+    if len(plan.rows) > 1:
+        table.add_section()
+        totals = [sum(counts) for counts in zip(*plan.rows.values(), strict=True)]
+        table.add_row("all", *(f"{total:,}" for total in totals))
+    left_out = [f"{count:,} {why}" for why, count in plan.left_out.items() if count]
+    if left_out:
+        table.caption = f"left out: {'; '.join(left_out)}"
+    return table
+
+
+def _coverage_table(plan: Plan) -> Table:
+    table = Table(title="adapted linear layers")
+    table.add_column("part")
+    for heading in ("adapted", "of", "trained parameters"):
+        table.add_column(heading, justify="right")
+    for part in plan.coverage:
+        table.add_row(part.part, f"{part.adapted:,}", f"{part.total:,}", f"{part.trainable_parameters:,}")
+    share = plan.trainable / plan.total
+    table.caption = f"{plan.trainable:,} of {plan.total:,} parameters are trained ({share:.2%})"
+    return table
+
+
+def _figures_table(params: TrainParams, plan: Plan) -> Table:
+    sft, tokens, steps = params.sft, plan.tokens, plan.steps
+    table = Table(title="training", show_header=False)
+    table.add_row(
+        "batch",
+        f"{steps.effective_batch:,} rows a step ({sft.per_device_train_batch_size} × "
+        f"{sft.gradient_accumulation_steps} accumulated)",
+    )
+    table.add_row("steps", f"{steps.total:,} in all, {steps.per_epoch:,} an epoch, {steps.warmup:,} of warm-up")
+    table.add_row(
+        "tokens",
+        f"{tokens.mean:,.0f} a row, at most {tokens.longest:,} ({tokens.rows} rows counted), "
+        f"{tokens.supervised_share:.0%} supervised",
+    )
+    for what, where in plan.places.items():
+        table.add_row(what, where)
+    return table

@@ -1,0 +1,248 @@
+"""fit(): one fine-tuning run from resolved parameters to a stored best adapter.
+
+rows → processor → model (quantised) → adapters → plan → guards → train → best
+"""
+
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftModel
+from rich.console import Console
+
+from inft.data.batches import Loaded
+from inft.models import load_spec
+from inft.models.loading import load_model, load_processor
+from inft.models.spec import ModelSpec
+from inft.training.adapters import add_adapters
+from inft.training.best import BestKeeper, read_best
+from inft.training.callbacks import BestCallback, BestSoFar, GracefulStop, TrainerLoggingCallback
+from inft.training.guards import GuardResult, run_guards
+from inft.training.hardware import hardware, peak_memory, versions
+from inft.training.plan import log_file, make_plan, show_parameters, show_plan
+from inft.training.prepare import (
+    guard_batches,
+    prepare_process,
+    read_rows,
+    say_what_runs,
+    starting_point,
+    without_long_rows,
+)
+from inft.training.progress import ProgressReport
+from inft.training.quantise import after_quantised_load, quantization_config
+from inft.training.resume import PARAMS_FILE, delete_run, refuse_other_rows
+from inft.training.rows import RowCollator
+from inft.training.runlog import JsonlLogger
+from inft.training.sft import sft_config
+from inft.training.storage import write_text
+from inft.training.trainer import CaptionTrainer
+from params import SFTParams, TrainParams, UserError
+from params.presets import lora_targets
+from params.resolve import dump_yaml
+
+Status = Literal["finished", "early_stopped", "interrupted", "dry_run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run left behind."""
+
+    output_dir: Path
+    best_dir: Path  # of the stored adapter; there is none after a dry run or an early interruption
+    best_step: int | None
+    best_metric: float | None  # evaluation loss of the stored adapter; None: it was not chosen by one
+    log_file: Path
+    global_step: int
+    train_loss: float | None  # mean over all steps; None when none was made
+    status: Status
+
+
+def fit(
+    params: TrainParams,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> RunResult:
+    """Run what ``params`` say and return what came of it.
+
+    ``resume`` is None, "latest" or the path of a checkpoint in the output directory; ``overwrite`` replaces an earlier
+    run there; ``dry_run`` shows the plan, runs the guards and writes nothing. Errors: UserError for everything that
+    the user can mend; checkpoints and best adapter stay as they were last saved.
+    """
+    console = console or Console()
+    began = time.perf_counter()
+    checkpoint = starting_point(params, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console)
+    prepare_process(params, console)
+    output_dir = Path(params.output_dir)
+    with ExitStack() as stack:
+        log = stack.enter_context(JsonlLogger(None if dry_run else log_file(params)))
+        stack.enter_context(_errors_logged(log))
+
+        spec = load_spec(params.model)
+        quarantine = None if dry_run else output_dir / "quarantine.jsonl"
+        loaded = read_rows(params, spec, quarantine, console)
+        if checkpoint:
+            refuse_other_rows(checkpoint, loaded.fingerprint)
+        processor = load_processor(spec, params.processor_name, max_image_tiles=params.basic.max_image_tiles)
+        collator = spec.collator(processor, max_length=params.basic.max_length, over_length=params.sft.over_length)
+        loaded, too_long = without_long_rows(loaded, params, spec, processor)
+        log.event("run_start", **_run_start(params, loaded, checkpoint))
+
+        model = _adapted_model(params, spec, console)
+        keeper = BestKeeper(params, model=model, processor=processor, log=log)
+        plan = make_plan(params, loaded, too_long, model=model, spec=spec, collator=collator)
+        if dry_run:
+            show_parameters(console, dump_yaml(params))
+            output_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # a Trainer makes its directory
+        show_plan(console, params, plan)
+
+        stop = GracefulStop(tell=console.print)
+        progress = stack.enter_context(ProgressReport(console))
+        trainer = CaptionTrainer(
+            model=model,
+            args=sft_config(params, output_dir=output_dir, steps=plan.steps, evaluate=bool(loaded.heldout)),
+            rows=RowCollator(loaded.train, loaded.heldout, collator),
+            processor=processor,
+            best=_judge(params.sft, keeper),
+            keep_checkpoints=params.sft.save_total_limit,
+            callbacks=[TrainerLoggingCallback(log), progress, stop],
+            fingerprint=loaded.fingerprint,
+        )
+        batches = guard_batches(loaded.train, params.sft.per_device_train_batch_size, collator)
+        run_guards(model, spec, processor, batches, forward=trainer.score, report=_reporter(log, console))
+        if dry_run:
+            console.print("dry run: all is ready; nothing was written.")
+            return _result(params, trainer, None, status="dry_run")
+
+        if overwrite:
+            delete_run(params)
+        write_text(output_dir / PARAMS_FILE, dump_yaml(params))
+        with stop:
+            train_loss = trainer.fit(checkpoint)
+        result = _finish(params, trainer, keeper, train_loss, interrupted=stop.requested)
+        log.event("run_end", **_run_end(result, seconds=time.perf_counter() - began, shortened=collator.shortened))
+    _say_goodbye(params, result, console)
+    return result
+
+
+def resume_command(params: TrainParams) -> str:
+    """The command line that goes on with a run."""
+    file = shlex.quote(str(Path(params.output_dir) / PARAMS_FILE))
+    return f"inft train {params.model} --config {file} --resume"
+
+
+def _adapted_model(params: TrainParams, spec: ModelSpec, console: Console) -> PeftModel:
+    """The base model, quantised as QLoRAParams say, with adapters on the targets of (model, mode)."""
+    say_what_runs(params, console)
+    quantisation = quantization_config(params.qlora, spec)
+    base = load_model(spec, params.model_name, basic=params.basic, quantization_config=quantisation)
+    if quantisation is not None:
+        after_quantised_load(base)
+    targets = lora_targets(params.model, params.training_mode, params.lora)
+    return add_adapters(base, spec, params.lora, targets, seed=params.basic.seed)
+
+
+def _judge(sft: SFTParams, keeper: BestKeeper) -> BestCallback:
+    """What follows from each evaluation."""
+    return BestCallback(
+        BestSoFar(),
+        keep=keeper.keep if sft.load_best_model_at_end else None,
+        patience=sft.early_stopping_patience,
+        threshold=sft.early_stopping_threshold,
+    )
+
+
+def _run_start(params: TrainParams, loaded: Loaded, checkpoint: Path | None) -> dict[str, Any]:
+    return {
+        "task": params.task,
+        "params": asdict(params),
+        "versions": versions(),
+        "hardware": hardware(),
+        "data": {
+            "source": loaded.source,
+            "fingerprint": loaded.fingerprint,
+            "rows_per_language": loaded.rows_per_language,
+            "dropped_empty": loaded.dropped_empty,
+            "quarantined": loaded.quarantined,
+        },
+        "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+    }
+
+
+def _run_end(result: RunResult, *, seconds: float, shortened: int) -> dict[str, Any]:
+    return {
+        "status": result.status,
+        "step": result.global_step,
+        "train_loss": result.train_loss,
+        "best_step": result.best_step,
+        "best_metric": result.best_metric,
+        "seconds": seconds,
+        "shortened_rows": shortened,
+        **peak_memory(),
+    }
+
+
+def _reporter(log: JsonlLogger, console: Console) -> Callable[[GuardResult], None]:
+    def report(result: GuardResult) -> None:
+        mark = "ok    " if result.ok else "FAILED"
+        console.print(f"{mark} {result.name}: {result.detail}", highlight=False, markup=False, soft_wrap=True)
+        log.event("guard", **asdict(result))
+
+    return report
+
+
+def _finish(
+    params: TrainParams, trainer: CaptionTrainer, keeper: BestKeeper, train_loss: float | None, *, interrupted: bool
+) -> RunResult:
+    """Store the last step where no evaluation chose one, and say how the run ended."""
+    status: Status = "finished"
+    if trainer.best.stopped_early:
+        status = "early_stopped"
+    elif interrupted and trainer.state.global_step < trainer.state.max_steps:
+        status = "interrupted"
+    if status != "interrupted":
+        keeper.finish(trainer.state.global_step, evaluated=trainer.best.so_far.step is not None)
+    return _result(params, trainer, train_loss, status=status)
+
+
+def _result(params: TrainParams, trainer: CaptionTrainer, train_loss: float | None, *, status: Status) -> RunResult:
+    best = read_best(Path(params.best_model_dir)) or {}
+    return RunResult(
+        output_dir=Path(params.output_dir),
+        best_dir=Path(params.best_model_dir),
+        best_step=best.get("step"),
+        best_metric=best.get("value"),
+        log_file=log_file(params),
+        global_step=trainer.state.global_step,
+        train_loss=train_loss,
+        status=status,
+    )
+
+
+def _say_goodbye(params: TrainParams, result: RunResult, console: Console) -> None:
+    if result.status == "interrupted":
+        lines = [f"stopped after step {result.global_step}; go on with:", f"  {resume_command(params)}"]
+    else:
+        value = f", held-out loss {result.best_metric:.4f}" if result.best_metric is not None else ""
+        word = "stopped early, the held-out loss no longer falls" if result.status == "early_stopped" else "finished"
+        lines = [f"{word} · step {result.best_step}{value} is stored in {result.best_dir}"]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _errors_logged(log: JsonlLogger) -> Iterator[None]:
+    """Write what ends a run to its log before it goes on its way."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(UserError):  # a log that cannot be written must not hide the error
+            log.event("error", kind=type(error).__name__, message=str(error))
+        raise

@@ -1,0 +1,54 @@
+"""SFTParams in the words of TRL's SFTConfig."""
+
+from pathlib import Path
+
+import torch
+from trl import SFTConfig
+
+from inft.training.plan import Steps
+from params import TrainParams
+
+
+def sft_config(params: TrainParams, *, output_dir: Path, steps: Steps, evaluate: bool) -> SFTConfig:
+    """SFTParams in the words of TRL; nothing is reported anywhere unless ``report_to`` names it."""
+    sft, cuda = params.sft, torch.cuda.is_available()
+    config = SFTConfig(
+        output_dir=str(output_dir),
+        max_steps=steps.total,  # of sft.num_epochs too: what runs is what the plan shows
+        learning_rate=sft.lr,
+        lr_scheduler_type=sft.lr_scheduler_type,
+        weight_decay=sft.weight_decay,
+        warmup_steps=steps.warmup,
+        max_grad_norm=sft.max_grad_norm,
+        optim=sft.optim,
+        per_device_train_batch_size=sft.per_device_train_batch_size,
+        per_device_eval_batch_size=sft.per_device_eval_batch_size,
+        gradient_accumulation_steps=sft.gradient_accumulation_steps,
+        activation_checkpointing=sft.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        # Mixed precision is for CUDA: on a CPU the weights' own dtype decides.
+        bf16=cuda and params.basic.dtype == "bfloat16" and torch.cuda.is_bf16_supported(),
+        fp16=cuda and params.basic.dtype == "float16",
+        use_cpu=not cuda,
+        logging_steps=sft.logging_steps,
+        logging_nan_inf_filter=False,  # it would hide what training_step stops at
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=sft.eval_steps if evaluate else None,
+        save_strategy="steps",
+        save_steps=sft.save_steps,
+        save_total_limit=None,  # checkpoints are removed by _save_checkpoint, after the new one is whole
+        prediction_loss_only=True,
+        seed=params.basic.seed,
+        data_seed=params.data.seed,
+        dataloader_num_workers=params.data.num_workers,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,  # the collator keeps to basic.max_length without cutting image tokens or answers
+        report_to=list(sft.report_to) or "none",
+        run_name=params.task,
+        disable_tqdm=True,
+    )
+    if config.n_gpu > 1:
+        config._n_gpu = 1  # device_map spreads the model over the GPUs; DataParallel would copy it to each
+    return config

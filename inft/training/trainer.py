@@ -1,0 +1,233 @@
+"""CaptionTrainer: TRL's SFTTrainer with whole checkpoints, a token-weighted evaluation and a stop at the first NaN."""
+
+import importlib.util
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+from trl import SFTConfig, SFTTrainer
+
+from inft.training.best import save_adapter
+from inft.training.callbacks import BestCallback
+from inft.training.head import add_compact_head
+from inft.training.resume import STATE_FILE, checkpoints, read_state, write_manifest
+from inft.training.rows import ROWS, RowCollator
+from inft.training.storage import staged
+from params import UserError
+
+
+class CaptionTrainer(SFTTrainer):
+    """The thin subclass: TRL's loss and loop, our rows, evaluation and checkpoints."""
+
+    def __init__(
+        self,
+        *,
+        model: PeftModel,
+        args: SFTConfig,
+        rows: RowCollator,
+        processor: Any,
+        best: BestCallback,
+        keep_checkpoints: int,  # checkpoints that are not removed when another is saved
+        fingerprint: str,  # of the rows, kept in every checkpoint
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        # TRL rounds the adapters of a 4-bit model to bfloat16, in which an update of less than 1/256 of a weight is
+        # lost. They are a small share of the memory: float32 they stay.
+        weights = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=rows,
+            train_dataset=rows.train_dataset(),
+            eval_dataset=rows.heldout_dataset(),
+            processing_class=processor,
+            callbacks=[*callbacks, best],
+        )
+        for parameter, data in weights.items():
+            parameter.data = data.to(parameter.device)
+        if not scores_compactly(args.device):
+            add_compact_head(model.get_base_model())
+        if args.activation_checkpointing:  # train() does so too; the guards before it need the memory as well
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.rows = rows
+        self.best = best
+        self.keep_checkpoints = keep_checkpoints
+        self.fingerprint = fingerprint
+        self._staging: Path | None = None  # where a checkpoint is being written
+        self._restored: dict[str, Any] | None = None  # STATE_FILE of the checkpoint the run goes on from
+        self.remove_callback(PrinterCallback)  # prints dictionaries
+        self.add_callback(_RestoreWindow(self))
+
+    def fit(self, checkpoint: Path | None) -> float | None:
+        """Train, from a checkpoint or from step 0; the mean loss over all steps, None when no step was made."""
+        if checkpoint is None:
+            return self._mean_loss(self.train())
+        self._restored = read_state(checkpoint)
+        for name, value in self._restored["best"].items():
+            setattr(self.best.so_far, name, value)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        finished = state.global_step >= self.args.max_steps
+        self.best.stopped_early = self.best.patience_is_over and not finished
+        if finished or self.best.stopped_early:
+            # Nothing is left to do; the loop would make one more step before it looked.
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = state
+            window = self._restored["window"]
+            return (window["total_loss"] + window["loss"]) / state.global_step
+        return self._mean_loss(self.train(resume_from_checkpoint=str(checkpoint)))
+
+    @staticmethod
+    def _mean_loss(trained: TrainOutput) -> float | None:
+        return trained.training_loss if trained.global_step else None
+
+    def score(self, batch: Mapping[str, torch.Tensor]) -> Any:
+        """TRL's FusedCausalLMOutput of a collated batch, in the precision of training."""
+        with self.accelerator.autocast():
+            return self.model(**self._prepare_inputs(dict(batch)), use_cache=False, fused_lm_head=True)
+
+    def _send_telemetry(self) -> None:
+        """TRL reports each run to the hub; this project reports nothing."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch; UserError when its loss is not finite, before the weights have changed."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise self._diverged(self.state.global_step + 1, f"the loss is {loss.item()}")
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not torch.isfinite(torch.as_tensor(norm)) and not self.args.fp16:
+            raise self._diverged(self.state.global_step + 1, f"the gradient norm is {float(norm)}")
+        return norm
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss per supervised token over the whole held-out split, whatever the batch size; per language besides.
+
+        transformers averages the means of batches, so that a short answer counts more in a batch of its own.
+        """
+        began = time.perf_counter()
+        metrics = self._score_heldout(self.get_eval_dataloader(eval_dataset), metric_key_prefix)
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
+        self.log(metrics)
+        loss = metrics[f"{metric_key_prefix}_loss"]
+        if not math.isfinite(loss):
+            raise self._diverged(self.state.global_step, f"the evaluation loss is {loss}")
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # changes control in place
+        return metrics
+
+    def _score_heldout(self, batches: DataLoader, prefix: str) -> dict[str, float]:
+        loss: dict[str, float] = {}
+        tokens: dict[str, int] = {}
+        correct = 0
+        self.model.eval()
+        for batch in batches:
+            numbers_B = batch.pop(ROWS)
+            with torch.no_grad():
+                outputs = self.score(batch)
+            figures_B3 = torch.stack(
+                [-outputs.log_probs.double().sum(1), outputs.label_mask.sum(1), outputs.is_top1.sum(1)], dim=1
+            )
+            numbers, figures = self.accelerator.gather_for_metrics((numbers_B.to(figures_B3.device), figures_B3))
+            for number, (row_loss, row_tokens, row_correct) in zip(numbers.tolist(), figures.tolist(), strict=True):
+                language = self.rows.rows[number].language
+                loss[language] = loss.get(language, 0.0) + row_loss
+                tokens[language] = tokens.get(language, 0) + int(row_tokens)
+                correct += int(row_correct)
+        total = sum(tokens.values())
+        metrics = {f"{prefix}_loss": sum(loss.values()) / total, f"{prefix}_mean_token_accuracy": correct / total}
+        metrics |= {f"{prefix}_loss_{language}": loss[language] / tokens[language] for language in sorted(loss)}
+        return {**metrics, f"{prefix}_tokens": total}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write checkpoint-N whole, with its manifest, and only then remove the oldest."""
+        if not all(torch.isfinite(weights).all() for weights in model.parameters() if weights.requires_grad):
+            raise self._diverged(self.state.global_step, "an adapter weight is not finite")
+        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        with staged(run_dir / f"checkpoint-{step}", what=f"checkpoint-{step}") as staging:
+            self._staging = staging
+            super(SFTTrainer, self)._save_checkpoint(model, trial)  # past TRL's, which writes a model card each time
+            inner = staging / f"checkpoint-{step}"
+            (inner / STATE_FILE).write_text(json.dumps(self._own_state()), encoding="utf-8")
+            for path in inner.iterdir():
+                path.rename(staging / path.name)
+            inner.rmdir()
+            write_manifest(staging, step=step)
+        self._staging = None
+        for _, old in checkpoints(run_dir)[self.keep_checkpoints :]:
+            shutil.rmtree(old)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter alone: the processor is in best/, and the arguments (a pickle) are in params.yaml."""
+        assert output_dir is not None
+        save_adapter(self.model, Path(output_dir))
+
+    def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
+        position: tuple[int, int] = super()._init_training_state(max_steps, *rest)
+        # A resumed run logs, evaluates and saves as it is told now, not as it was told when the checkpoint was saved.
+        self.state.compute_steps(self.args, max_steps)
+        return position
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a resumed run needs to log the same figures: the best so far and sums since the last log."""
+        window = {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "tokens": self._total_train_tokens,
+            "metrics": dict(self._metrics["train"]),
+        }
+        return {"rows": self.fingerprint, "best": asdict(self.best.so_far), "window": window}
+
+    def restore_window(self) -> None:
+        """Put back the sums since the last log of the checkpoint that was loaded, if one was."""
+        if self._restored is None:
+            return
+        window = self._restored["window"]
+        self._tr_loss += window["loss"]
+        self._total_loss_scalar = window["total_loss"]
+        self._globalstep_last_logged = window["logged_step"]
+        self._total_train_tokens = window["tokens"]
+        self._metrics["train"].update(window["metrics"])
+        self._initial_global_step = 0  # the mean loss is over the whole run, as the total above
+
+    def _diverged(self, step: int, what: str) -> UserError:
+        whole = [path for _, path in checkpoints(Path(self.args.output_dir))]
+        kept = f"The last good checkpoint is {whole[0]}." if whole else "No checkpoint had been saved yet."
+        return UserError(
+            f"step {step}: {what}; the run is stopped and nothing of this step is kept. {kept} "
+            "Lower sft.lr or sft.max_grad_norm, lengthen sft.warmup_ratio, or use bfloat16 or float32 instead of "
+            "float16."
+        )
+
+
+class _RestoreWindow(TrainerCallback):
+    """Calls restore_window at the one moment when the loop has set its sums to zero and not yet added to them."""
+
+    def __init__(self, trainer: CaptionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.restore_window()
+
+
+def scores_compactly(device: torch.device) -> bool:
+    """Whether TRL's own head projects only the supervised positions on ``device``: where Triton runs."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

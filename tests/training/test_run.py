@@ -1,0 +1,217 @@
+import io
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import TrainerCallback
+
+from inft.training import run
+from inft.training.plan import count_steps
+from inft.training.resume import checkpoints
+from inft.training.run import fit
+from inft.training.runlog import COMMON, EVENTS, read_events
+from params import TrainParams, UserError
+from params.resolve import load_params, resolve_train
+
+Make = Callable[..., TrainParams]
+QUIET = Console(quiet=True)
+
+
+def printed() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_runs_log_has_the_events_and_keys_of_the_schema_in_order(make_params: Make) -> None:
+    params = make_params()
+    result = fit(params, console=QUIET)
+    found = list(read_events(result.log_file))
+    for event in found:
+        assert event.keys() >= COMMON | EVENTS[event["event"]], event
+    kinds = [event["event"] for event in found]
+    assert set(kinds) == set(EVENTS) - {"error"}
+    assert (kinds[0], kinds[1], kinds[-1]) == ("run_start", "guard", "run_end")
+    assert found[0]["params"]["sft"]["lr"] == params.sft.lr
+    assert found[0]["versions"].keys() >= {"torch", "transformers", "trl", "peft"}
+    assert len(found[0]["data"]["fingerprint"]) == 64
+    assert found[-1]["status"] == "finished"
+    assert found[-1]["peak_rss_bytes"] > 10**8
+    steps = [event["step"] for event in found if event["event"] == "log"]
+    assert steps == list(range(1, 9))
+
+
+def test_no_secret_of_the_environment_reaches_the_log(make_params: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "sesame-4711")
+    assert "sesame-4711" not in fit(make_params(sft__max_steps=1), console=QUIET).log_file.read_text()
+
+
+def test_the_parameters_are_saved_beside_the_run_and_read_back_equal(make_params: Make) -> None:
+    params = make_params(sft__max_steps=1)
+    fit(params, console=QUIET)
+    assert load_params(Path(params.output_dir) / "params.yaml") == params
+
+
+def test_a_dry_run_shows_the_plan_runs_the_guards_and_writes_nothing(make_params: Make, tmp_path: Path) -> None:
+    console = printed()
+    result = fit(make_params(), dry_run=True, console=console)
+    assert result.status == "dry_run"
+    assert list(tmp_path.iterdir()) == []
+    text = text_of(console)
+    for words in (
+        "8 rows a step (4 × 2 accumulated)",
+        "8 in all, 5 an epoch, 1 of warm-up",
+        "self-attention",
+        "supervised",
+        "every adapter gets a gradient: 14 of 14",
+        "lr: 0.01",
+        str(tmp_path / "run"),
+        "no CUDA device: training on the CPU, in float32",
+    ):
+        assert words in text, words
+
+
+def test_a_dry_run_of_a_finished_run_leaves_it_alone(make_params: Make, tmp_path: Path) -> None:
+    params = make_params(sft__max_steps=2)
+    fit(params, console=QUIET)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    fit(params, dry_run=True, console=QUIET)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step: int, times: int) -> None:
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    def arrange(step: int, times: int) -> None:
+        begin = run.CaptionTrainer.__init__
+
+        def init(self: Any, **options: Any) -> None:
+            begin(self, **{**options, "callbacks": [*options["callbacks"], SignalAt(step, times)]})
+
+        monkeypatch.setattr(run.CaptionTrainer, "__init__", init)
+
+    return arrange
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
+    make_params: Make, signal_at: Callable[[int, int], None]
+) -> None:
+    params = make_params()
+    signal_at(5, 1)
+    handler = signal.getsignal(signal.SIGINT)
+    console = printed()
+    result = fit(params, console=console)
+    assert (result.status, result.global_step) == ("interrupted", 5)
+    assert [step for step, _ in checkpoints(Path(params.output_dir))] == [5, 3]
+    assert f"inft train text --config {params.output_dir}/params.yaml --resume" in text_of(console)
+    assert list(read_events(result.log_file))[-1]["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_the_resume_command_stands_for_the_same_parameters(tmp_path: Path) -> None:
+    params = resolve_train(
+        "text",
+        training_mode="advanced",
+        demo=True,
+        flags={"max_steps": 1, "output_dir": str(tmp_path / "run"), "max_rows_per_lang": 8},
+        overrides=[f"basic.logs_dir={tmp_path}/logs"],
+    )
+    fit(params, console=QUIET)
+    again = resolve_train("text", config_file=tmp_path / "run" / "params.yaml")
+    assert again == params
+    assert fit(again, resume="latest", console=QUIET).status == "finished"
+
+
+def test_a_second_ctrl_c_aborts_at_once(make_params: Make, signal_at: Callable[[int, int], None]) -> None:
+    params = make_params()
+    signal_at(5, 2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(params, console=QUIET)
+    assert [step for step, _ in checkpoints(Path(params.output_dir))] == [3]
+    events = list(read_events(f"{params.basic.logs_dir}/trainer_text_basic.jsonl"))
+    assert (events[-1]["event"], events[-1]["kind"]) == ("error", "KeyboardInterrupt")
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulated", "epochs", "steps", "expected"),
+    [
+        (40, 4, 2, 1.0, None, (5, 5)),
+        (41, 4, 2, 2.0, None, (6, 12)),
+        (3, 4, 16, 1.5, None, (1, 2)),
+        (40, 4, 2, 1, 7, (5, 7)),
+    ],
+)
+def test_steps_are_counted_as_the_training_loop_makes_them(
+    make_params: Make,
+    rows: int,
+    batch: int,
+    accumulated: int,
+    epochs: float,
+    steps: int | None,
+    expected: tuple[int, int],
+) -> None:
+    params = make_params(
+        sft__per_device_train_batch_size=batch,
+        sft__gradient_accumulation_steps=accumulated,
+        sft__num_epochs=epochs,
+        sft__max_steps=steps,
+    )
+    counted = count_steps(params, rows)
+    assert (counted.per_epoch, counted.total) == expected
+
+
+def test_epochs_run_as_many_steps_as_the_plan_says(make_params: Make) -> None:
+    params = make_params(sft__max_steps=None, sft__num_epochs=1.5)
+    assert fit(params, console=QUIET).global_step == count_steps(params, 40).total == 8
+
+
+def test_rows_above_max_length_are_dropped_and_counted_when_asked(make_params: Make) -> None:
+    console = printed()
+    fit(make_params(sft__over_length="drop", basic__max_length=70), dry_run=True, console=console)
+    whole = printed()
+    fit(make_params(), dry_run=True, console=whole)
+    assert "longer than 70 tokens" in text_of(console)
+    assert "longer than" not in text_of(whole)
+    with pytest.raises(UserError, match="no row is left"):
+        fit(make_params(sft__over_length="drop", basic__max_length=32), dry_run=True, console=QUIET)
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(
+    make_params: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        fit(make_params(sft__report_to=("wandb",)), console=QUIET)
+
+
+def test_an_output_directory_that_cannot_be_made_is_an_error_before_anything_is_loaded(
+    make_params: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written to: Not a directory.*--output-dir"):
+        fit(make_params(tmp_path / "file"), console=QUIET)
+
+
+def test_several_processes_are_refused(make_params: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        fit(make_params(), console=QUIET)

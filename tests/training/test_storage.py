@@ -1,0 +1,91 @@
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from inft.training import storage
+from inft.training.storage import remove_leftovers, staged
+from params import UserError
+
+
+def write(directory: Path, text: str) -> None:
+    with staged(directory, what="the thing") as staging:
+        (staging / "a").write_text(text)
+
+
+@pytest.mark.parametrize("atomic", [True, False], ids=["exchange", "two renames"])
+def test_a_staged_directory_replaces_the_old_one_and_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool
+) -> None:
+    if not atomic:
+        monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+    for text in ("first", "second", "third"):
+        write(tmp_path / "best", text)
+        assert (tmp_path / "best" / "a").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def fail(directory: Path, error: BaseException) -> None:
+    with staged(directory, what="the thing") as staging:
+        (staging / "a").write_text("half")
+        raise error
+
+
+def test_a_failure_leaves_the_old_content(tmp_path: Path) -> None:
+    write(tmp_path / "best", "old")
+    with pytest.raises(KeyboardInterrupt):
+        fail(tmp_path / "best", KeyboardInterrupt())
+    assert (tmp_path / "best" / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """The system refuses to let any file grow above 10,000 bytes, as a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def write_much(directory: Path, library: str) -> None:
+    tensors = {"a": torch.zeros(10_000)}
+    with staged(directory, what="the thing") as staging:
+        if library == "torch":
+            torch.save(tensors, staging / "b")
+        elif library == "safetensors":
+            save_file(tensors, staging / "b")
+        else:
+            (staging / "b").write_bytes(bytes(20_000))
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors", "python"])
+@pytest.mark.usefixtures("small_files")
+def test_a_write_that_the_system_refuses_is_a_clear_error_whatever_library_wrote(tmp_path: Path, library: str) -> None:
+    write(tmp_path / "best", "old")
+    with pytest.raises(UserError, match=r"the thing could not be saved.*What was saved before is intact"):
+        write_much(tmp_path / "best", library)
+    assert (tmp_path / "best" / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_full_disk_is_named_and_other_errors_are_not_dressed_up(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the disk is full"):
+        fail(tmp_path / "x", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(RuntimeError, match="shapes"):
+        fail(tmp_path / "x", RuntimeError("shapes do not match"))
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_a_directory_on_its_way_out_comes_back(tmp_path: Path) -> None:
+    for name in (".inft-staging-checkpoint-4", ".inft-previous-best", ".inft-previous-checkpoint-2", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoint-2"]
+    assert (tmp_path / "best" / "a").read_text() == ".inft-previous-best"
+    assert (tmp_path / "checkpoint-2" / "a").read_text() == "checkpoint-2"
