@@ -1,0 +1,11 @@
+"""The command line: one command per file, each found by name in COMMANDS and imported when it is used."""
+
+COMMANDS = {
+    "train": "inft.cli.train:app",
+    "list-models": "inft.cli.list_models:app",
+    "list-modules": "inft.cli.list_modules:app",
+    "list-params": "inft.cli.list_params:app",
+    "logs": "inft.cli.logs:app",
+}
+
+INTERRUPTED = 130  # exit status of a command ended by Ctrl-C, as shells have it

@@ -1,0 +1,16 @@
+"""The console that commands print on."""
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPED_WIDTH = 200  # columns when the output is a file or a pipe: nothing is folded that a reader may search for
+
+
+def make_console() -> "Console":
+    """A console on stdout, as wide as the terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)

@@ -1,0 +1,32 @@
+"""inft list-params: every parameter with its type, default and meaning."""
+
+from typing import Annotated
+
+import typer
+
+from inft.cli.console import make_console
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def list_params(
+    section: Annotated[str | None, typer.Argument(metavar="[basic|data|qlora|lora|sft]", help="Only these.")] = None,
+) -> None:
+    """Show every parameter that --set and --config take, with its default."""
+    from rich.table import Table
+
+    from params.check import SECTIONS
+    from params.describe import describe
+    from params.errors import UserError
+
+    if section is not None and section not in SECTIONS:
+        raise UserError(f"unknown section {section!r}; known: {', '.join(SECTIONS)}.")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("parameter", no_wrap=True)
+    table.add_column("default", overflow="fold")
+    table.add_column("meaning")
+    for name in [section] if section else SECTIONS:
+        for text in describe(name):
+            table.add_row(text.name, text.default, text.help)
+    make_console().print(table, markup=False)

@@ -1,0 +1,90 @@
+"""Finding, following and cutting up trainer_<task>.jsonl files."""
+
+import difflib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from params.errors import UserError
+
+PREFIX = "trainer_"
+Event = dict[str, Any]
+Run = list[Event]  # the events of one process, its run_start first
+
+
+def all_logs(logs_dir: Path) -> list[Path]:
+    """The logs of a directory, oldest first; UserError when there are none."""
+    paths = sorted(logs_dir.glob(f"{PREFIX}*.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise UserError(f"no {PREFIX}<task>.jsonl in {logs_dir}: start a run, or name its directory with --logs-dir.")
+    return paths
+
+
+def find_log(logs_dir: Path, task: str | None) -> Path:
+    """The log of a task ("aya_basic"), or the newest one; UserError naming the tasks that have logs."""
+    paths = all_logs(logs_dir)
+    if task is None:
+        return paths[-1]
+    by_task = {path.stem.removeprefix(PREFIX): path for path in paths}
+    if task not in by_task:
+        near = difflib.get_close_matches(task, by_task, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(by_task))}."
+        raise UserError(f"no log of task {task!r} in {logs_dir}; {hint}")
+    return by_task[task]
+
+
+def followed_events(path: Path, *, last: int, poll_seconds: float = 0.2) -> Iterator[Event]:
+    """Yield the last events and then new ones as they are written, without end.
+
+    A line counts once its line break is there; a file that shrank was replaced and is read from its beginning.
+    """
+    backlog, position, rest = [], 0, b""
+    caught_up = False
+    while True:
+        size = path.stat().st_size
+        if size < position:
+            position, rest = 0, b""
+        with path.open("rb") as file:
+            file.seek(position)
+            fresh = file.read()
+        position += len(fresh)
+        *lines, rest = (rest + fresh).split(b"\n")
+        events = list(_parsed(lines))
+        if caught_up:
+            yield from events
+            time.sleep(poll_seconds)
+        else:
+            backlog, caught_up = events[-last:], True
+            yield from backlog
+
+
+def split_runs(events: Iterable[Event]) -> list[Run]:
+    """The events of a log by run; what stands before the first run_start belongs to no run."""
+    runs: list[Run] = []
+    for event in events:
+        if event.get("event") == "run_start":
+            runs.append([])
+        if runs:
+            runs[-1].append(event)
+    return runs
+
+
+def last_run(events: Iterable[Event]) -> Run:
+    """The events of the newest run with those of the runs that it went on from; empty for an empty log."""
+    runs = split_runs(events)
+    first = len(runs) - 1
+    while first > 0 and runs[first][0].get("resumed_from_step"):
+        first -= 1
+    return [event for run in runs[max(first, 0) :] for event in run]
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[Event]:
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):  # a killed run's half line
+            continue
+        if isinstance(event, dict):
+            yield event

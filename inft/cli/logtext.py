@@ -1,0 +1,77 @@
+"""Events and runs as text for a terminal."""
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from inft.cli.logfiles import Event, Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+STYLES = {"error": "bold red", "best": "green", "run_start": "bold", "run_end": "bold", "eval": "cyan"}
+HIDDEN = ("schema", "event", "time", "params", "versions", "hardware", "data")  # too long for a line
+
+
+def event_line(event: Event) -> "Text":
+    """One event: its time, its name, and its fields as name=value."""
+    from rich.text import Text
+
+    name = str(event.get("event", "?"))
+    fields = " ".join(f"{key}={_value(value)}" for key, value in event.items() if key not in HIDDEN)
+    return Text.assemble((_clock(event, "%H:%M:%S"), "dim"), " ", (f"{name:<10}", STYLES.get(name, "")), " ", fields)
+
+
+def runs_table(runs: Iterable[Run]) -> "Table":
+    """A row per run: start, task, model, data, steps, last loss, best evaluation loss, how it ended."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("started", "task", "model", "data", "steps", "loss", "best eval", "status"):
+        right = heading in ("steps", "loss", "best eval")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for run in runs:
+        table.add_row(*run_row(run))
+    return table
+
+
+def run_row(run: Run) -> tuple[str, ...]:
+    """The cells of one run in the order of runs_table's columns."""
+    start, params = run[0], run[0].get("params", {})
+    logs = [event for event in run if event.get("event") == "log"]
+    best = [event for event in run if event.get("event") == "best" and event.get("value") is not None]
+    steps = [event["step"] for event in run if isinstance(event.get("step"), int)]
+    return (
+        _clock(start, "%Y-%m-%d %H:%M"),
+        str(start.get("task", "?")),
+        params.get("model_name") or "embedded",
+        str((params.get("data") or {}).get("data") or "munichus"),
+        str(max(steps)) if steps else "0",
+        _value(logs[-1].get("loss")) if logs else "",
+        f"{_value(best[-1].get('value'))} @ {best[-1].get('step')}" if best else "",
+        run_status(run),
+    )
+
+
+def run_status(run: Run) -> str:
+    """How a run ended; "unfinished" while it runs and after a kill, since the log cannot tell them apart."""
+    for event in reversed(run):
+        if event.get("event") == "error":
+            return f"error: {event.get('kind', '')} {event.get('message', '')}".strip()
+        if event.get("event") == "run_end":
+            return str(event.get("status"))
+    return "unfinished"
+
+
+def _clock(event: Event, pattern: str) -> str:
+    seconds = event.get("time")
+    return datetime.fromtimestamp(seconds).strftime(pattern) if isinstance(seconds, (int, float)) else "?"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_value(entry)}" for key, entry in value.items()) + "}"
+    return str(value)

@@ -1,0 +1,138 @@
+"""inft train: fine-tune a model on captioned images and keep the best adapter."""
+
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from inft.cli import INTERRUPTED
+from inft.cli.console import make_console
+from inft.cli.fields import field_option
+from params.presets import MODEL_NAMES, TRAINING_MODES
+
+if TYPE_CHECKING:
+    from typer._click import Context
+
+    from inft.training.run import RunResult
+    from params import TrainParams
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _text(*name: str, metavar: str, words: str) -> Any:
+    return typer.Option(*name, metavar=metavar, help=words)
+
+
+def _switch(name: str, words: str) -> Any:
+    return typer.Option(name, help=words)
+
+
+Model = Annotated[str, typer.Argument(metavar="|".join(MODEL_NAMES), help="Model family.")]
+Mode = Annotated[str | None, _text(metavar="|".join(TRAINING_MODES), words="What gets adapters (default basic).")]
+ModelName = Annotated[
+    str | None, _text("--model", metavar="ID|PATH", words="Another model of the family: hub id or local path.")
+]
+Data = Annotated[str | None, field_option("data.data", metavar="SOURCE|PATH", default="munichus")]
+Languages = Annotated[str | None, field_option("data.languages", metavar="CODE,…")]
+RowsPerLanguage = Annotated[str | None, field_option("data.max_rows_per_lang", metavar="N")]
+EvalFraction = Annotated[str | None, field_option("data.eval_fraction", metavar="SHARE")]
+BadFraction = Annotated[str | None, field_option("data.max_bad_fraction", metavar="SHARE")]
+Epochs = Annotated[str | None, field_option("sft.num_epochs", metavar="N")]
+MaxSteps = Annotated[str | None, field_option("sft.max_steps", metavar="N")]
+Seed = Annotated[str | None, field_option("basic.seed", metavar="N")]
+NoQuantize = Annotated[bool, _switch("--no-quantize", "Train LoRA on unquantised weights.")]
+Demo = Annotated[bool, _switch("--demo", "The embedded tiny model; on the drawn sample set unless --data is given.")]
+Config = Annotated[Path | None, _text(metavar="FILE.yaml", words="Parameters by section.")]
+Set = Annotated[
+    list[str] | None,
+    _text("--set", metavar="SECTION.FIELD=VALUE", words="Any parameter of `inft list-params`; repeatable."),
+]
+OutputDir = Annotated[str | None, _text(metavar="DIR", words="Checkpoints and the best adapter (default outputs/…).")]
+Resume = Annotated[
+    str | None, _text(metavar="[latest|PATH]", words="Go on from the latest complete checkpoint, or from this one.")
+]
+Overwrite = Annotated[bool, _switch("--overwrite", "Replace the run in the output directory.")]
+DryRun = Annotated[bool, _switch("--dry-run", "Do all but train: load, check, and print the plan.")]
+
+
+class TrainCommand(TyperCommand):
+    """`--resume` may stand alone; it then means `--resume latest`."""
+
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
+        """Give a lone --resume its value, then parse as ever."""
+        return super().parse_args(ctx, with_resume_value(args))
+
+
+def with_resume_value(args: list[str]) -> list[str]:
+    """The arguments with "latest" after each --resume that is followed by a flag, a model's name or nothing."""
+    filled: list[str] = []
+    for arg, following in zip_longest(args, args[1:]):
+        filled.append(arg)
+        if arg == "--resume" and (following is None or following.startswith("-") or following in MODEL_NAMES):
+            filled.append("latest")
+    return filled
+
+
+@app.command(cls=TrainCommand)
+def train(
+    model: Model,
+    training_mode: Mode = None,
+    model_name: ModelName = None,
+    data: Data = None,
+    languages: Languages = None,
+    max_rows_per_lang: RowsPerLanguage = None,
+    eval_fraction: EvalFraction = None,
+    max_bad_fraction: BadFraction = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    seed: Seed = None,
+    no_quantize: NoQuantize = False,
+    demo: Demo = False,
+    config: Config = None,
+    overrides: Set = None,
+    output_dir: OutputDir = None,
+    resume: Resume = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Fine-tune a model on captioned images and keep the best adapter."""
+    from params.resolve import resolve_train
+
+    flags = {
+        "model": model_name,
+        "data": data,
+        "languages": languages,
+        "max_rows_per_lang": max_rows_per_lang,
+        "eval_fraction": eval_fraction,
+        "max_bad_fraction": max_bad_fraction,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "seed": seed,
+        "quantize": False if no_quantize else None,
+        "output_dir": output_dir,
+    }
+    params = resolve_train(
+        model,
+        training_mode=training_mode,
+        demo=demo or None,
+        config_file=config,
+        overrides=overrides or (),
+        flags=flags,
+    )
+    result = run(params, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    if result.status == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def run(params: "TrainParams", *, resume: str | None, overwrite: bool, dry_run: bool) -> "RunResult":
+    """Train; a demo on the drawn sample set also shows held-out captions before and after."""
+    console = make_console()
+    if params.demo and params.data.data == "sample" and not dry_run:
+        from inft.evaluation.demo import run_demo
+
+        return run_demo(params, console, resume=resume, overwrite=overwrite)
+    from inft.training.run import fit
+
+    return fit(params, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console)

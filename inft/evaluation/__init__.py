@@ -1,0 +1,1 @@
+"""What a model says: captions of held-out samples and how close they come to their references."""

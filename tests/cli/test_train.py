@@ -1,0 +1,83 @@
+from types import SimpleNamespace
+
+import pytest
+
+from inft.cli import train
+from inft.cli.train import with_resume_value
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the command asked for instead of training."""
+    calls = []
+
+    def run(params, **options):
+        calls.append((params, options))
+        return SimpleNamespace(status="finished")
+
+    monkeypatch.setattr(train, "run", run)
+    return calls
+
+
+def test_every_flag_reaches_its_parameter(inft, asked, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("sft: {eval_steps: 50}\n", encoding="utf-8")
+    words = "train aya --training-mode advanced --model /m --data x.jsonl --languages en,si --max-rows-per-lang 5"
+    words += " --eval-fraction 0.2 --max-bad-fraction 0.5 --epochs 2 --seed 7 --no-quantize --output-dir out"
+    words += f" --config {config} --set sft.lr=1e-3 --set lora.r=4 --overwrite --resume last --dry-run"
+    assert inft(*words.split()).status == 0
+    [(params, options)] = asked
+    assert (params.model, params.training_mode, params.model_name) == ("aya", "advanced", "/m")
+    data = params.data
+    assert (data.data, data.languages, data.max_rows_per_lang, data.seed) == ("x.jsonl", ("en", "si"), 5, 7)
+    assert (data.eval_fraction, data.max_bad_fraction) == (0.2, 0.5)
+    assert (params.sft.num_epochs, params.sft.lr, params.sft.eval_steps) == (2, 1e-3, 50)
+    assert (params.basic.seed, params.qlora.load_in_4bit, params.lora.r, params.output_dir) == (7, False, 4, "out")
+    assert options == {"resume": "last", "overwrite": True, "dry_run": True}
+
+
+def test_without_flags_nothing_is_overridden(inft, asked):
+    assert inft("train", "llama32").status == 0
+    [(params, options)] = asked
+    assert (params.training_mode, params.demo, params.qlora.load_in_4bit, params.sft.max_steps) == (
+        "basic",
+        False,
+        True,
+        None,
+    )
+    assert options == {"resume": None, "overwrite": False, "dry_run": False}
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("aya --resume", "aya --resume latest"),
+        ("--resume aya", "--resume latest aya"),
+        ("aya --resume --overwrite", "aya --resume latest --overwrite"),
+        ("aya --resume out/checkpoint-3", "aya --resume out/checkpoint-3"),
+        ("aya --resume latest", "aya --resume latest"),
+        ("aya --resume=latest", "aya --resume=latest"),
+        ("aya", "aya"),
+    ],
+)
+def test_resume_alone_means_the_latest_checkpoint(given, meant):
+    assert with_resume_value(given.split()) == meant.split()
+
+
+def test_an_interrupted_run_ends_with_status_130(inft, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda params, **options: SimpleNamespace(status="interrupted"))
+    assert inft("train", "aya", "--demo").status == 130
+
+
+def test_epochs_and_steps_together_are_refused(inft):
+    found = inft("train", "aya", "--epochs", "1", "--max-steps", "5")
+    assert found.status == 2
+    assert "give one of them" in found.err
+
+
+def test_a_bad_yaml_file_is_named_with_its_line(inft, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("sft:\n  lr: [\n", encoding="utf-8")
+    found = inft("train", "aya", "--config", str(config))
+    assert found.status == 2
+    assert f"{config} line 3, column 1: not valid YAML" in found.err
