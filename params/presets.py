@@ -58,22 +58,22 @@ ADVANCED_FIELD: Mapping[str, str] = {
 
 # A demo runs on the embedded models, whose weights are too small to quantise and whose base knows seven languages.
 _DEMO_SFT: Mapping[str, Any] = {
-    "max_steps": 900,
+    "max_steps": 400,  # with 16 rows a step: 40 s on one core, 97 % exact captions and more with either mode
     "lr": 3e-3,
     "warmup_ratio": 0.05,
     "max_grad_norm": 1.0,
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "gradient_accumulation_steps": 1,
     "gradient_checkpointing": False,
     "logging_steps": 25,
-    "save_steps": 150,
-    "eval_steps": 150,
+    "save_steps": 100,
+    "eval_steps": 100,
     "early_stopping_threshold": 0.0,
 }
 
 
-def _demo(model: str, *, r: int = 32, alpha: int = 64, max_length: int = 512, **sft: Any) -> Values:
+def _demo(model: str, *, r: int = 16, alpha: int = 32, max_length: int = 512, **sft: Any) -> Values:
     """Every section of a demo preset; keywords replace entries of _DEMO_SFT."""
     embedded = dict.fromkeys(MODEL_FIELDS[model], "")
     return {
@@ -90,8 +90,8 @@ DEMO: Mapping[tuple[str, str], Values] = {
     ("llama32", "advanced"): _demo("llama32"),
     ("aya", "basic"): _demo("aya"),
     ("aya", "advanced"): _demo("aya"),
-    ("text", "basic"): _demo("text"),
-    ("text", "advanced"): _demo("text"),
+    ("text", "basic"): _demo("text", max_steps=200),
+    ("text", "advanced"): _demo("text", max_steps=200),
 }
 
 # The released models run on the defaults of the dataclasses; a row here changes that for one of them.

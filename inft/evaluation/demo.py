@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from inft.training.run import RunResult
 
 SCENES = 40  # held-out scenes captioned in each language
-SHOWN = 2  # rows of the gallery per language
+SHOWN = 3  # rows of the gallery per language
 
 Shares = dict[str, float]  # language code -> share of exact captions, 0 to 1
 
@@ -73,15 +73,17 @@ def shares_table(
 
 
 def gallery_table(samples: Sequence[Sample], before: Sequence[str], after: Sequence[str]) -> Table:
-    """The first rows of each language: reference, caption before, caption after."""
-    table = Table(title="Held-out images", show_lines=True)
-    for heading in ("image", "language", "reference", "before", "after"):
+    """The first rows of each language, one language after the other: reference, caption before, caption after."""
+    table = Table(title="Held-out scenes")
+    for heading in ("scene", "language", "reference", "before", "after"):
         table.add_column(heading, overflow="fold")
-    seen: Counter[str] = Counter()
+    rows: dict[str, list[tuple[str, str, str, str, str]]] = defaultdict(list)
     for sample, old, new in zip(samples, before, after, strict=True):
-        seen[sample.language] += 1
-        if seen[sample.language] <= SHOWN:
-            table.add_row(str(sample.meta["title"]), sample.language, sample.answer, old, new)
+        rows[sample.language].append((str(sample.meta["title"]), sample.language, sample.answer, old, new))
+    for language in rows:
+        for row in rows[language][:SHOWN]:
+            table.add_row(*row)
+        table.add_section()
     return table
 
 
