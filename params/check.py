@@ -1,6 +1,7 @@
 """One value against its field: type, range, and the names of fields that do not exist."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from functools import cache
 from types import NoneType
@@ -33,6 +34,11 @@ def field_types() -> Mapping[str, Any]:
         for name, hint in get_type_hints(cls, include_extras=True).items()
     }
     return {**run, **fields}
+
+
+def is_mapping(key: str) -> bool:
+    """Whether a field of that dotted name exists and holds a mapping, such as "data.columns"."""
+    return get_origin(field_types().get(key)) is Mapping
 
 
 def checked(given: Mapping[str, Given], problems: list[str]) -> dict[str, Any]:
@@ -75,14 +81,26 @@ def _meant(text: str, hint: Any) -> Any:
     kinds = {get_origin(kind) or kind for kind in _alternatives(hint)}
     if NoneType in kinds and text.lower() in ("none", "null"):
         return None
-    if tuple in kinds and not text.startswith("["):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if tuple in kinds and not (text.startswith("[") and text.endswith("]")):
+        return tuple(part.strip() for part in _split(text) if part.strip())
     if kinds & {tuple, Mapping}:
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"is not valid YAML: {text!r}.") from error
     return text
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the commas that stand in no brackets: those of a pattern such as x{0,1} belong to it."""
+    parts, depth = [""], 0
+    for sign in re.findall(r"\\.|.", text, re.DOTALL):
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
 
 
 def _alternatives(hint: Any) -> list[Any]:

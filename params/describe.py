@@ -1,21 +1,23 @@
-"""What a field is, for help texts: its type and trailing comment from the source, its default."""
+"""What a field is, for help texts: the values it takes, its default, its trailing comment from the source."""
 
 import inspect
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-from params.check import SECTIONS
+from params.check import SECTIONS, field_types
 
-_FIELD = re.compile(r"    (?P<name>\w+): (?P<type>.+?) = .+?(?:  # (?P<help>.*))?")
+_FIELD = re.compile(r"    (?P<name>\w+): .+? = .+?(?:  # (?P<help>.*))?")
+_KINDS = {bool: "true|false", int: "whole number", float: "number", str: "text"}
 
 
 class FieldText(NamedTuple):
     """One field in words."""
 
     name: str  # "sft.lr"
-    type: str  # "Positive"
+    type: str  # "number, above 0", "none|all|lora_only", "list of text"
     default: str  # "0.00015"; "none" for None, lists with commas
     help: str  # "peak, per optimizer step"; "" without a comment
 
@@ -29,7 +31,7 @@ def describe(section: str) -> tuple[FieldText, ...]:
     return tuple(
         FieldText(
             name=f"{section}.{match['name']}",
-            type=match["type"],
+            type=_kind(field_types()[f"{section}.{match['name']}"]),
             default=_words(getattr(defaults, match["name"])),
             help=match["help"] or "",
         )
@@ -40,6 +42,23 @@ def describe(section: str) -> tuple[FieldText, ...]:
 def describe_field(key: str) -> FieldText:
     """The text of one field by its dotted name."""
     return next(text for text in describe(key.partition(".")[0]) if text.name == key)
+
+
+def _kind(hint: Any) -> str:
+    """The values that an annotation admits, in words."""
+    arms = get_args(hint)
+    if get_origin(hint) is Annotated:
+        kind, bounds = arms
+        return f"{_kind(kind)}, {bounds.words}"
+    if get_origin(hint) is Literal:
+        return "|".join(arms)
+    if get_origin(hint) is tuple:
+        return f"list of {_kind(arms[0])}"
+    if get_origin(hint) is Mapping:
+        return f"mapping of {_kind(arms[0])} to {_kind(arms[1])}"
+    if NoneType in arms:
+        return f"{_kind(next(arm for arm in arms if arm is not NoneType))}; or none"
+    return _KINDS[hint]
 
 
 def _words(value: Any) -> str:

@@ -27,9 +27,9 @@ class MUNIChusLoadConfig:
     """Rows of MUNIChus (arXiv 2603.10613) or of any captions data set with its columns."""
 
     dataset_id: str = "tharindu/MUNIChus"  # hub id of the munichus source
-    data: str | None = None  # munichus, sample, hub:<id>, or a path to jsonl, folder, parquet or saved data sets
+    data: str | None = None  # a source (munichus, sample, hub:<id>) or a path to jsonl, folder, parquet, saved tables
     languages: tuple[str, ...] = tuple(LANGUAGE_NAMES)  # codes of the rows that are read
-    cjk_tokens: tuple[str, ...] = ("ja", "zh", "yue")  # languages whose metrics need word segmentation
+    cjk_tokens: tuple[str, ...] = ("ja", "zh", "yue")  # languages whose metrics segment words; not read by inft train
     language_names: Mapping[str, str] = field(default_factory=lambda: dict(LANGUAGE_NAMES))  # as the prompt says them
     split: str = "train"  # of the source
     batch_size: Count = 1  # of the DataLoader that build_processed_dataset makes

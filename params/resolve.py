@@ -5,13 +5,14 @@ wrong in any of them is reported at once.
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from params.basic import BasicParams
-from params.check import SECTIONS, checked
+from params.check import SECTIONS, checked, is_mapping
 from params.contradictions import contradictions
 from params.errors import UserError
 from params.presets import MODEL_FIELDS, MODEL_NAMES, OUTPUT_FIELDS, TRAINING_MODES, preset
@@ -25,6 +26,7 @@ Layer = dict[str, Given]
 FLAGS: Mapping[str, tuple[str, ...]] = {
     "model": ("model_name",),
     "output_dir": ("output_dir",),
+    "task": ("task",),
     "data": ("data.data",),
     "languages": ("data.languages",),
     "max_rows_per_lang": ("data.max_rows_per_lang",),
@@ -76,7 +78,8 @@ def resolve_train(
     the texts of ``--set``, such as "sft.lr=2e-4". `flags` are keyed as in FLAGS or by dotted names; None is not given.
     """
     file, problems = read_yaml(config_file) if config_file else ({}, [])
-    layers = [file, _set_layer(overrides, problems), _flag_layer(flags or {}, problems)]
+    told_layers = [file, *_set_layers(overrides, problems), _flag_layer(flags or {}, problems)]
+    layers = [_directories(layer, problems) for layer in told_layers]
     told = {"model": model, "training_mode": training_mode, "demo": demo}
     identity = _identity(told, file, problems)
     if identity is not None:
@@ -124,19 +127,26 @@ def _identity(told: Mapping[str, Any], file: Layer, problems: list[str]) -> Iden
     return Identity(**found) if len(problems) == before else None
 
 
-def _set_layer(overrides: Sequence[str], problems: list[str]) -> Layer:
+def _set_layers(overrides: Sequence[str], problems: list[str]) -> list[Layer]:
+    """One layer of values that replace, and one for each mapping or entry of it, since these add up."""
     layer: Layer = {}
+    mappings: list[Layer] = []
     for text in overrides:
         key, equals, value = (part.strip() for part in text.partition("="))
+        whole, entry = ".".join(key.split(".")[:2]), ".".join(key.split(".")[2:])  # data.columns, caption
         if not equals:
             problems.append(f"--set {text}: expected section.field=value, such as sft.lr=2e-4.")
         elif key in Identity._fields:
             problems.append(
                 f"--set {key}: say it on the command line instead (inft train MODEL --training-mode --demo)."
             )
+        elif is_mapping(key):
+            mappings.append({key: Given(value, "--set", is_text=True)})
+        elif entry and is_mapping(whole):
+            mappings.append({whole: Given({entry: value}, "--set")})
         else:
             layer[key] = Given(value, "--set", is_text=True)
-    return layer
+    return [layer, *mappings]
 
 
 def _flag_layer(flags: Mapping[str, Any], problems: list[str]) -> Layer:
@@ -148,6 +158,17 @@ def _flag_layer(flags: Mapping[str, Any], problems: list[str]) -> Layer:
         origin = f"--{name.replace('_', '-')}" if name != "quantize" else "--no-quantize"
         layer.update(dict.fromkeys(FLAGS.get(name, (name,)), Given(value, origin, isinstance(value, str))))
     return layer
+
+
+def _directories(layer: Layer, problems: list[str]) -> Layer:
+    """The layer with ~ expanded in directories, as a shell would; an empty one is a mistake, not the current one."""
+    found = dict(layer)
+    for key, given in layer.items():
+        if key.endswith("_dir") and isinstance(given.value, str):
+            if not given.value.strip():
+                problems.append(f"{given.origin}: {key} is empty: name a directory.")
+            found[key] = given._replace(value=os.path.expanduser(given.value))
+    return found
 
 
 def _own(layer: Layer, identity: Identity, problems: list[str]) -> Layer:

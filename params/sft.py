@@ -12,7 +12,7 @@ Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 class SFTParams:
     """Hyperparameters of the training loop and the output directories of each (model, mode)."""
 
-    num_epochs: Positive = 1.0  # passes over the training rows; ignored when max_steps is set
+    num_epochs: Positive = 1.0  # passes over the training rows, where max_steps is none
     max_steps: Count | None = None  # optimizer steps; none: as many as the epochs make
     lr: Positive = 1.5e-4  # peak, per optimizer step
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"

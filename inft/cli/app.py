@@ -40,6 +40,7 @@ class LazyGroup(TyperGroup):
             print(prefix, error, file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
+            print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error
 
 

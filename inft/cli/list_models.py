@@ -9,7 +9,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def list_models() -> None:
-    """Show the model families: modes, default model, released sizes, embedded model."""
+    """Show model families and their sizes.
+
+    For each its modes, default model, released sizes and embedded model.
+    """
     from inft.cli.modeltext import models_table
 
     make_console().print(models_table())

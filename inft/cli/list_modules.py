@@ -24,7 +24,13 @@ def list_modules(
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Such as lora.r=16; repeatable.")
     ] = None,
 ) -> None:
-    """Show linear layers by part, their shapes, and what each mode adapts; reads no weights."""
+    """Show linear layers and what gets adapters.
+
+    By part, with shapes and the parameters that each mode trains; no weights are read.
+    """
+    from inft.cli.extras import require_extras
+
+    require_extras("peft", "accelerate")
     from inft.cli.modeltext import adapters_table, layers_table
     from inft.models import load_spec
     from inft.models.modules import linear_groups, meta_model

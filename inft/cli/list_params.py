@@ -11,9 +11,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def list_params(
-    section: Annotated[str | None, typer.Argument(metavar="[basic|data|qlora|lora|sft]", help="Only these.")] = None,
+    section: Annotated[str | None, typer.Argument(metavar="basic|data|qlora|lora|sft", help="Only these.")] = None,
 ) -> None:
-    """Show every parameter that --set and --config take, with its default."""
+    """Show every parameter of --set and --config.
+
+    Each with the values it takes, its default and its meaning.
+    """
     from rich.table import Table
 
     from params.check import SECTIONS
@@ -24,9 +27,10 @@ def list_params(
         raise UserError(f"unknown section {section!r}; known: {', '.join(SECTIONS)}.")
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("parameter", no_wrap=True)
+    table.add_column("values", overflow="fold")
     table.add_column("default", overflow="fold")
     table.add_column("meaning")
     for name in [section] if section else SECTIONS:
         for text in describe(name):
-            table.add_row(text.name, text.default, text.help)
+            table.add_row(text.name, text.type, text.default, text.help)
     make_console().print(table, markup=False)

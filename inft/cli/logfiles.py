@@ -11,7 +11,7 @@ from params.errors import UserError
 
 PREFIX = "trainer_"
 Event = dict[str, Any]
-Run = list[Event]  # the events of one process, its run_start first
+Run = list[Event]  # the events of one process, its run_start first unless it failed before that
 
 
 def all_logs(logs_dir: Path) -> list[Path]:
@@ -22,12 +22,17 @@ def all_logs(logs_dir: Path) -> list[Path]:
     return paths
 
 
+def task_of(path: Path) -> str:
+    """The task whose log a file is."""
+    return path.stem.removeprefix(PREFIX)
+
+
 def find_log(logs_dir: Path, task: str | None) -> Path:
     """The log of a task ("aya_basic"), or the newest one; UserError naming the tasks that have logs."""
     paths = all_logs(logs_dir)
     if task is None:
         return paths[-1]
-    by_task = {path.stem.removeprefix(PREFIX): path for path in paths}
+    by_task = {task_of(path): path for path in paths}
     if task not in by_task:
         near = difflib.get_close_matches(task, by_task, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(by_task))}."
@@ -61,23 +66,38 @@ def followed_events(path: Path, *, last: int, poll_seconds: float = 0.2) -> Iter
 
 
 def split_runs(events: Iterable[Event]) -> list[Run]:
-    """The events of a log by run; what stands before the first run_start belongs to no run."""
+    """The events of a log by run, in the order in which the runs began.
+
+    Events with a ``run`` belong together by it. Without one a run goes from its run_start, or from what an attempt
+    logged that failed before it, to its run_end or error.
+    """
     runs: list[Run] = []
+    growing: dict[str | None, Run] = {}
     for event in events:
-        if event.get("event") == "run_start":
-            runs.append([])
-        if runs:
-            runs[-1].append(event)
+        key = event.get("run")
+        if key not in growing or event.get("event") == "run_start":
+            growing[key] = []
+            runs.append(growing[key])
+        growing[key].append(event)
+        if key is None and event.get("event") in ("run_end", "error"):
+            del growing[key]
     return runs
 
 
 def last_run(events: Iterable[Event]) -> Run:
-    """The events of the newest run with those of the runs that it went on from; empty for an empty log."""
-    runs = split_runs(events)
-    first = len(runs) - 1
-    while first > 0 and runs[first][0].get("resumed_from_step"):
-        first -= 1
-    return [event for run in runs[max(first, 0) :] for event in run]
+    """The events of the newest run that started, after those of the runs that it went on from; else nothing."""
+    joined: list[Run] = []
+    for run in reversed([run for run in split_runs(events) if run[0].get("event") == "run_start"]):
+        if not joined or _output_dir(run) == _output_dir(joined[0]):
+            joined.insert(0, run)
+        if not joined[0][0].get("resumed_from_step"):
+            break
+    return [event for run in joined for event in run]
+
+
+def _output_dir(run: Run) -> str | None:
+    directory: str | None = run[0].get("params", {}).get("output_dir")
+    return directory
 
 
 def _parsed(lines: Iterable[bytes]) -> Iterator[Event]:

@@ -10,14 +10,18 @@ from inft.cli.fields import field_option
 from params.basic import BasicParams
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
-Task = Annotated[str | None, typer.Argument(metavar="[TASK]", help="Such as aya_basic (default: the newest log).")]
+Task = Annotated[str | None, typer.Argument(metavar="TASK", help="Such as aya_basic (default: the newest log).")]
+AnyTask = Annotated[str | None, typer.Argument(metavar="TASK", help="Such as aya_basic (default: every log).")]
 LogsDir = Annotated[Path, field_option("basic.logs_dir", metavar="DIR")]
 LOGS = Path(BasicParams.logs_dir)
 
 
 @app.callback()
 def logs() -> None:
-    """Follow, sum up and plot the logs of runs, also while they are being written."""
+    """Follow, sum up and plot the logs of runs.
+
+    Also while they are being written.
+    """
 
 
 @app.command()
@@ -27,7 +31,7 @@ def tail(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new events until Ctrl-C.")] = False,
     logs_dir: LogsDir = LOGS,
 ) -> None:
-    """Print the last events of a run's log, one line each."""
+    """Print the last events of a log, a line each."""
     from inft.cli.logfiles import find_log, followed_events
     from inft.cli.logtext import event_line
     from inft.training.runlog import read_events
@@ -40,15 +44,17 @@ def tail(
 
 
 @app.command()
-def show(task: Task = None, logs_dir: LogsDir = LOGS) -> None:
-    """Print a table of runs: when, on what, how far, how well, how they ended."""
+def show(task: AnyTask = None, logs_dir: LogsDir = LOGS) -> None:
+    """Print a table of runs.
 
-    from inft.cli.logfiles import all_logs, find_log, split_runs
+    When each began, on what, how far and how well it went, and how it ended.
+    """
+    from inft.cli.logfiles import all_logs, find_log, split_runs, task_of
     from inft.cli.logtext import runs_table
     from inft.training.runlog import read_events
 
     paths = [find_log(logs_dir, task)] if task else all_logs(logs_dir)
-    make_console().print(runs_table([run for path in paths for run in split_runs(read_events(path))]))
+    make_console().print(runs_table((task_of(path), run) for path in paths for run in split_runs(read_events(path))))
 
 
 @app.command()
@@ -59,12 +65,15 @@ def plot(
     ] = None,
     logs_dir: LogsDir = LOGS,
 ) -> None:
-    """Draw loss, learning rate, gradient norm and evaluation loss of the last run as a PNG."""
-    from inft.cli.logfiles import find_log, last_run
+    """Draw the curves of the last run as a PNG.
+
+    Loss, learning rate, gradient norm and evaluation loss, with those of the runs that it went on from.
+    """
+    from inft.cli.logfiles import find_log, last_run, task_of
     from inft.cli.plot import plot_run
     from inft.training.runlog import read_events
 
     path = find_log(logs_dir, task)
     target = output or path.with_suffix(".png")
-    plot_run(last_run(read_events(path)), title=path.stem.removeprefix("trainer_"), target=target)
+    plot_run(last_run(read_events(path)), title=task_of(path), target=target)
     typer.echo(f"wrote {target}")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 STYLES = {"error": "bold red", "best": "green", "run_start": "bold", "run_end": "bold", "eval": "cyan"}
-HIDDEN = ("schema", "event", "time", "params", "versions", "hardware", "data")  # too long for a line
+HIDDEN = ("schema", "event", "time", "run", "params", "versions", "hardware", "data")  # too long for a line
 
 
 def event_line(event: Event) -> "Text":
@@ -23,30 +23,33 @@ def event_line(event: Event) -> "Text":
     return Text.assemble((_clock(event, "%H:%M:%S"), "dim"), " ", (f"{name:<10}", STYLES.get(name, "")), " ", fields)
 
 
-def runs_table(runs: Iterable[Run]) -> "Table":
-    """A row per run: start, task, model, data, steps, last loss, best evaluation loss, how it ended."""
+def runs_table(runs: Iterable[tuple[str, Run]]) -> "Table":
+    """A row per task and run of it: start, task, model, data, steps, last loss, best evaluation loss, how it ended."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("started", "task", "model", "data", "steps", "loss", "best eval", "status"):
         right = heading in ("steps", "loss", "best eval")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
-    for run in runs:
-        table.add_row(*run_row(run))
+    for task, run in runs:
+        table.add_row(*run_row(task, run))
     return table
 
 
-def run_row(run: Run) -> tuple[str, ...]:
-    """The cells of one run in the order of runs_table's columns."""
-    start, params = run[0], run[0].get("params", {})
+def run_row(task: str, run: Run) -> tuple[str, ...]:
+    """The cells of one run in the order of runs_table's columns; an attempt that failed before run_start has few."""
+    params = run[0].get("params")
+    model, data = "?", "?"
+    if params is not None:
+        model, data = params.get("model_name") or "embedded", params.get("data", {}).get("data") or "munichus"
     logs = [event for event in run if event.get("event") == "log"]
     best = [event for event in run if event.get("event") == "best" and event.get("value") is not None]
     steps = [event["step"] for event in run if isinstance(event.get("step"), int)]
     return (
-        _clock(start, "%Y-%m-%d %H:%M"),
-        str(start.get("task", "?")),
-        params.get("model_name") or "embedded",
-        str((params.get("data") or {}).get("data") or "munichus"),
+        _clock(run[0], "%Y-%m-%d %H:%M"),
+        task,
+        model,
+        data,
         str(max(steps)) if steps else "0",
         _value(logs[-1].get("loss")) if logs else "",
         f"{_value(best[-1].get('value'))} @ {best[-1].get('step')}" if best else "",

@@ -50,6 +50,9 @@ Set = Annotated[
     _text("--set", metavar="SECTION.FIELD=VALUE", words="Any parameter of `inft list-params`; repeatable."),
 ]
 OutputDir = Annotated[str | None, _text(metavar="DIR", words="Checkpoints and the best adapter (default outputs/…).")]
+Task = Annotated[
+    str | None, _text(metavar="NAME", words="Name of the log, trainer_NAME.jsonl (default MODEL_MODE, with _demo).")
+]
 Resume = Annotated[
     str | None, _text(metavar="[latest|PATH]", words="Go on from the latest complete checkpoint, or from this one.")
 ]
@@ -93,11 +96,12 @@ def train(
     config: Config = None,
     overrides: Set = None,
     output_dir: OutputDir = None,
+    task: Task = None,
     resume: Resume = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Fine-tune a model on captioned images and keep the best adapter."""
+    """Fine-tune a model, keep the best adapter."""
     from params.resolve import resolve_train
 
     flags = {
@@ -112,6 +116,7 @@ def train(
         "seed": seed,
         "quantize": False if no_quantize else None,
         "output_dir": output_dir,
+        "task": task,
     }
     params = resolve_train(
         model,
@@ -128,6 +133,7 @@ def train(
 
 def run(params: "TrainParams", *, resume: str | None, overwrite: bool, dry_run: bool) -> "RunResult":
     """Train; a demo on the drawn sample set also shows held-out captions before and after."""
+    refuse_early(params, resume=resume, overwrite=overwrite, dry_run=dry_run)
     console = make_console()
     if params.demo and params.data.data == "sample" and not dry_run:
         from inft.evaluation.demo import run_demo
@@ -136,3 +142,18 @@ def run(params: "TrainParams", *, resume: str | None, overwrite: bool, dry_run: 
     from inft.training.run import fit
 
     return fit(params, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console)
+
+
+def refuse_early(params: "TrainParams", *, resume: str | None, overwrite: bool, dry_run: bool) -> None:
+    """UserError for what can be found wrong without torch, whose import takes seconds."""
+    from inft.cli.extras import require_extras
+    from inft.data.locate import find_source
+    from inft.models.loading import local_source
+    from inft.training.resume import refuse_foreign_output
+
+    find_source(params.data)
+    if "/" in params.model_name:
+        local_source(params.model_name)
+    if not dry_run:
+        refuse_foreign_output(params, resume=resume is not None, overwrite=overwrite)
+    require_extras("trl", "peft", "accelerate", "datasets", *(["bitsandbytes"] if params.qlora.load_in_4bit else []))

@@ -19,6 +19,21 @@ def test_the_help_lists_every_command(inft):
         assert f"\n  {name} " in found.out
 
 
+@pytest.mark.parametrize("args", [[], ["logs"]])
+def test_no_summary_of_a_command_is_cut(inft, args):
+    summaries = inft(*args, "--help").out.partition("Commands:\n")[2].splitlines()
+    assert summaries
+    assert not [line for line in summaries if line.endswith("...")]
+
+
+@pytest.mark.parametrize("command", ["train", "list-params", "list-modules", "logs show", "logs tail", "logs plot"])
+def test_a_metavar_has_no_double_brackets_and_a_literal_keeps_its_case(inft, command):
+    found = inft(*command.split(), "--help").out
+    assert "[[" not in found
+    assert "Munichus" not in found
+    assert "Trainer_" not in found
+
+
 def test_an_unknown_command_is_refused(inft):
     found = inft("trian")
     assert found.status == 2
@@ -83,11 +98,30 @@ def test_the_guides_names_are_found_where_it_says():
     assert inft.params.MUNIChusLoadConfig().split == "train"
 
 
+def test_the_guides_entry_points_have_the_names_it_mentions():
+    from inft import aya_inft, llama32_inft
+    from inft.models.aya import AyaCollator
+    from inft.models.llama32 import LlamaCollator
+    from inft.models.modules import list_linear_modules
+    from params.resolve import resolve_train
+
+    assert aya_inft.AyaCollator is AyaCollator
+    assert aya_inft.list_linear_modules is list_linear_modules
+    assert llama32_inft.LlamaCollator is LlamaCollator
+    arguments = llama32_inft._build_sft_args(resolve_train("llama32"), rows=1600)
+    assert (arguments.learning_rate, arguments.gradient_accumulation_steps) == (1.5e-4, 16)
+    assert (arguments.max_steps, arguments.warmup_steps) == (100, 3)
+    with pytest.raises(ImportError):
+        from inft.aya_inft import LlamaCollator as _  # noqa: F401
+
+
 def test_list_params_shows_every_field_of_a_section(inft):
     found = inft("list-params", "sft")
     assert found.status == 0
     assert "sft.lr " in found.out
     assert "peak, per optimizer step" in found.out
+    assert "number, above 0" in found.out
+    assert "cosine|linear|constant|constant_with_warmup" in found.out
     assert "lora.r" not in found.out
     assert "lora.r" in inft("list-params").out
     assert "known: basic, data" in inft("list-params", "sfd").err

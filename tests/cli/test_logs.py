@@ -4,15 +4,15 @@ import threading
 import pytest
 
 from inft.cli.logfiles import all_logs, find_log, followed_events, last_run, split_runs
-from inft.cli.logtext import run_status
+from inft.cli.logtext import run_row, run_status
 from inft.cli.plot import points
 from inft.training.runlog import JsonlLogger, read_events
 
 
-def write_run(path, *, steps=(10, 20, 30), resumed=0, status="finished", loss=2.0):
+def write_run(path, *, steps=(10, 20, 30), resumed=None, status="finished", loss=2.0, output_dir="out"):
     """A run as fit() logs it; status None leaves it without an end."""
     with JsonlLogger(path) as log:
-        params = {"model_name": "", "data": {"data": "sample"}}
+        params = {"model_name": "", "output_dir": output_dir, "data": {"data": "sample"}}
         common = {"versions": {}, "hardware": {}, "data": {}}
         log.event("run_start", task="aya_basic", params=params, resumed_from_step=resumed, **common)
         for step in steps:
@@ -118,9 +118,10 @@ def test_following_yields_events_as_they_are_written_and_joins_half_lines(tmp_pa
 def test_runs_are_told_apart_and_a_resumed_run_is_joined_to_its_beginning(tmp_path):
     path = write_run(tmp_path / "trainer_x.jsonl")
     write_run(path, steps=(10, 20), status=None)
+    write_run(path, steps=(5,), output_dir="elsewhere")  # in between
     write_run(path, steps=(20, 30), resumed=10, loss=4.0)
     runs = split_runs(read_events(path))
-    assert [run_status(run) for run in runs] == ["finished", "unfinished", "finished"]
+    assert [run_status(run) for run in runs] == ["finished", "unfinished", "finished", "finished"]
     steps, losses = points(last_run(read_events(path)), event="log", key="loss")
     assert steps == [10, 20, 30]
     assert losses == [0.2, 0.2, pytest.approx(4 / 30)]  # step 20 as it was run again
@@ -131,8 +132,47 @@ def test_a_loss_that_is_not_a_number_leaves_a_gap_in_the_plot(inft, tmp_path):
     assert inft("logs", "plot", "--logs-dir", str(tmp_path)).status == 0
 
 
-def test_an_error_is_the_status_of_its_run(tmp_path):
-    path = write_run(tmp_path / "trainer_x.jsonl", status=None)
+def test_an_error_is_the_status_of_its_run_and_ends_it():
+    events = [
+        {"event": "run_start", "params": {}},
+        {"event": "error", "kind": "UserError", "message": "the loss is nan"},
+        {"event": "error", "kind": "UserError", "message": "no rows are left"},  # of the next attempt
+        {"event": "run_start", "params": {}},
+    ]
+    ends = ["error: UserError the loss is nan", "error: UserError no rows are left", "unfinished"]
+    assert [run_status(run) for run in split_runs(events)] == ends
+
+
+def test_a_failed_attempt_is_a_run_of_its_own(inft, tmp_path):
+    path = write_run(tmp_path / "trainer_x.jsonl")
     with JsonlLogger(path) as log:
-        log.event("error", kind="UserError", message="the loss is nan")
-    assert run_status(split_runs(read_events(path))[0]) == "error: UserError the loss is nan"
+        log.event("error", kind="UserError", message="no rows are left")
+    runs = split_runs(read_events(path))
+    assert [run_status(run) for run in runs] == ["finished", "error: UserError no rows are left"]
+    assert points(last_run(read_events(path)), event="log", key="loss")[0] == [10, 20, 30]
+    cells = run_row("x", runs[1])
+    assert cells[1:4] == ("x", "?", "?")
+    assert "no rows are left" in inft("logs", "show", "--logs-dir", str(tmp_path)).out
+
+
+def test_runs_that_write_one_log_at_the_same_time_are_told_apart():
+    def event(run, name, **fields):
+        return {"event": name, "run": run, **fields}
+
+    events = [
+        event("a", "run_start", params={"output_dir": "a"}),
+        event("b", "run_start", params={"output_dir": "b"}),
+        event("a", "log", step=1, loss=1.0),
+        event("b", "log", step=1, loss=2.0),
+        event("b", "run_end", status="finished"),
+        event("a", "log", step=2, loss=0.5),
+        event("a", "error", kind="UserError", message="x"),
+    ]
+    assert [[item["run"] for item in run] for run in split_runs(events)] == [["a"] * 4, ["b"] * 3]
+    assert last_run(events) == [item for item in events if item["run"] == "b"]
+
+
+def test_a_run_that_started_over_is_not_joined_to_an_earlier_one(tmp_path):
+    path = write_run(tmp_path / "trainer_x.jsonl", steps=(40,))
+    write_run(path, steps=(10,))
+    assert points(last_run(read_events(path)), event="log", key="loss")[0] == [10]

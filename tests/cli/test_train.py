@@ -1,3 +1,4 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,11 +25,13 @@ def test_every_flag_reaches_its_parameter(inft, asked, tmp_path):
     config.write_text("sft: {eval_steps: 50}\n", encoding="utf-8")
     words = "train aya --training-mode advanced --model /m --data x.jsonl --languages en,si --max-rows-per-lang 5"
     words += " --eval-fraction 0.2 --max-bad-fraction 0.5 --epochs 2 --seed 7 --no-quantize --output-dir out"
+    words += " --task aya_first"
     words += f" --config {config} --set sft.lr=1e-3 --set lora.r=4 --overwrite --resume last --dry-run"
     assert inft(*words.split()).status == 0
     [(params, options)] = asked
     assert (params.model, params.training_mode, params.model_name) == ("aya", "advanced", "/m")
     data = params.data
+    assert params.task == "aya_first"
     assert (data.data, data.languages, data.max_rows_per_lang, data.seed) == ("x.jsonl", ("en", "si"), 5, 7)
     assert (data.eval_fraction, data.max_bad_fraction) == (0.2, 0.5)
     assert (params.sft.num_epochs, params.sft.lr, params.sft.eval_steps) == (2, 1e-3, 50)
@@ -81,3 +84,17 @@ def test_a_bad_yaml_file_is_named_with_its_line(inft, tmp_path):
     found = inft("train", "aya", "--config", str(config))
     assert found.status == 2
     assert f"{config} line 3, column 1: not valid YAML" in found.err
+
+
+def test_missing_extras_are_named_with_the_command_that_installs_them(inft, monkeypatch):
+    for name in ("trl", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = inft("train", "text", "--data", "sample")
+    assert found.status == 2
+    assert found.err == "error: not installed here: trl, bitsandbytes. Install them: pip install 'inft[trl,hf,peft]'.\n"
+    assert "not installed here: trl." in inft("train", "text", "--demo").err  # nothing is quantised
+
+
+def test_list_modules_names_the_extra_that_it_needs(inft, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "not installed here: peft." in inft("list-modules", "text", "--demo").err

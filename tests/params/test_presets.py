@@ -4,10 +4,23 @@ from pathlib import Path
 
 import pytest
 
+from inft.models import MODELS
 from params import BasicParams, LoRAParams, SFTParams
 from params.check import SECTIONS
-from params.describe import describe
-from params.presets import DEMO, MODEL_NAMES, OUTPUT_FIELDS, RELEASED, TRAINING_MODES, lora_targets
+from params.describe import describe, describe_field
+from params.presets import (
+    ADVANCED_FIELD,
+    DEMO,
+    MODEL_FIELDS,
+    MODEL_NAMES,
+    OUTPUT_FIELDS,
+    RELEASED,
+    SAMPLE_CONTEXT,
+    TARGETS,
+    TRAINING_MODES,
+    WIDER,
+    lora_targets,
+)
 from params.resolve import resolve_train
 
 CONFIGS = sorted((Path(__file__).parents[2] / "params" / "configs").rglob("*.yaml"))
@@ -87,6 +100,23 @@ def test_every_shipped_file_opens_with_its_launch_command_and_resolves(path):
     resolve_train(launch["model"], training_mode=mode, config_file=path)
 
 
+def test_every_model_family_has_its_rows_in_params():
+    families = {
+        "MODELS in inft/models/__init__.py": MODELS,
+        "ModelName in params/train.py": MODEL_NAMES,
+        "MODEL_FIELDS in params/presets.py": MODEL_FIELDS,
+        "OUTPUT_FIELDS in params/presets.py": [model for model, _ in OUTPUT_FIELDS],
+        "DEMO in params/presets.py": [model for model, _ in DEMO],
+        "TARGETS in params/presets.py": TARGETS,
+        "WIDER in params/presets.py": WIDER,
+        "ADVANCED_FIELD in params/presets.py": ADVANCED_FIELD,
+        "SAMPLE_CONTEXT in params/presets.py": SAMPLE_CONTEXT,
+    }
+    known = {model for models in families.values() for model in models}
+    missing = [f"{place} lacks {model}" for place, models in families.items() for model in known - set(models)]
+    assert not missing, "; ".join(missing)
+
+
 def test_there_are_shipped_files():
     assert len(CONFIGS) >= 3
 
@@ -99,4 +129,20 @@ def test_the_description_of_a_section_has_every_field_in_order(section):
 
 def test_a_description_has_the_comment_and_the_default():
     text = next(text for text in describe("sft") if text.name == "sft.lr")
-    assert (text.default, text.help) == ("0.00015", "peak, per optimizer step")
+    assert (text.type, text.default, text.help) == ("number, above 0", "0.00015", "peak, per optimizer step")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("sft.max_steps", "whole number, at least 1; or none"),
+        ("lora.dropout", "number, at least 0 and below 1"),
+        ("lora.bias", "none|all|lora_only"),
+        ("sft.report_to", "list of wandb|tensorboard|mlflow|trackio"),
+        ("data.columns", "mapping of image|title|content|caption|language to text"),
+        ("basic.gen_do_sample", "true|false"),
+        ("basic.device_map", "text; or none"),
+    ],
+)
+def test_a_description_says_which_values_a_field_takes(key, words):
+    assert describe_field(key).type == words

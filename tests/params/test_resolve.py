@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,17 @@ def test_every_error_is_listed_at_once_with_its_place_and_a_suggestion(tmp_path)
         ("data.columns=[", "not valid YAML"),
         ("data.languages=", "name at least one language"),
         ("data.languages=en,en", "twice"),
-        ("data.languages=en,de", "'data.language_names={de: NAME}'"),
+        ("data.languages=en,de", "--set data.language_names.de=NAME"),
+        ("basic.gen_num_beams=4", "basic.gen_num_beams has no effect in inft train"),
+        ("basic.gen_do_sample=no", "basic.gen_do_sample has no effect in inft train"),
+        ("basic.gen_top_p=0.5", "basic.gen_top_p has no effect in inft train"),
+        ("basic.gen_temperature=0.5", "basic.gen_temperature has no effect in inft train"),
+        ("basic.gen_max_new_tokens=9", "only a demo on the sample set"),
+        ("basic.metric_dir=tables", "basic.metric_dir has no effect in inft train"),
+        ("data.cjk_tokens=ja", "data.cjk_tokens has no effect in inft train"),
+        ("qlora.bnb_4bit_compute_dtype=float16", "--set basic.dtype=float16"),
+        ("basic.dtype=float16", "--set qlora.bnb_4bit_compute_dtype=float16"),
+        ("task=../a", "--task"),
         ("data.batch_size=4", "sft.per_device_train_batch_size"),
         ("lora.init=pissa", "--no-quantize"),
         ("basic.llama_model_name=", "--demo"),
@@ -108,6 +119,14 @@ def test_vision_in_4_bit_without_4_bit_is_refused():
     [
         ("sft.lr=2e-4", "sft", "lr", 2e-4),
         ("data.languages=en, si", "data", "languages", ("en", "si")),
+        (
+            "lora.target_modules=.*q{0,1},[qk,v]_proj,.*(a,b)\\(",
+            "lora",
+            "target_modules",
+            (".*q{0,1}", "[qk,v]_proj", ".*(a,b)\\("),
+        ),
+        ("lora.target_modules=[qk]_proj", "lora", "target_modules", ("[qk]_proj",)),
+        ("lora.target_modules=[a, b]", "lora", "target_modules", ("a", "b")),
         ("data.languages=[en, si]", "data", "languages", ("en", "si")),
         ("sft.max_steps=none", "sft", "max_steps", None),
         ("data.columns={caption: text}", "data", "columns", {"caption": "text"}),
@@ -130,12 +149,61 @@ def test_a_new_language_name_joins_the_known_ones():
     assert params.data.language_names["en"] == "English"
 
 
+def test_entries_of_a_mapping_are_set_one_by_one_and_add_up(tmp_path):
+    config = yaml_file(tmp_path, "data:\n  columns: {title: headline, image: photo}\n")
+    overrides = ["data.columns={content: body, image: file}", "data.columns.caption=text", "data.columns.content=story"]
+    params = resolve_train("aya", config_file=config, overrides=overrides)
+    assert params.data.columns == {"title": "headline", "image": "file", "caption": "text", "content": "story"}
+    named = resolve_train("text", overrides=["data.language_names.de=German", "data.languages=de,en"])
+    assert (named.data.language_names["de"], named.data.language_names["en"]) == ("German", "English")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("data.columns.captoin=text", "should be 'image', 'title', 'content', 'caption' or 'language', got 'captoin'"),
+        ("data.columns.=text", "data.columns. is not a parameter"),
+        ("data.languages.en=English", "data.languages.en is not a parameter"),
+        ("sft.lr.max=1", "sft.lr.max is not a parameter"),
+    ],
+)
+def test_only_a_mapping_has_entries(override, complaint):
+    assert complaint in message("aya", overrides=[override])
+
+
+def test_every_set_that_the_readme_and_the_messages_tell_users_to_type_resolves():
+    root = Path(__file__).parents[2]
+    texts = [
+        path.read_text(encoding="utf-8") for path in (root / "README.md", *sorted((root / "inft/data").glob("*.py")))
+    ]
+    told = [found for text in texts for found in re.findall(r"--set ([a-z]\w*\.[\w.{}]+=[\w.]+)", text)]
+    assert len(told) >= 4
+    for override in told:
+        if override != "section.field=value":
+            resolve_train("aya", overrides=[re.sub(r"\{\w+\}", "title", override)])
+
+
 def test_a_model_brings_its_processor_unless_one_is_named():
     assert resolve_train("aya", flags={"model": "/m"}).processor_name == "/m"
     named = resolve_train("aya", flags={"model": "/m"}, overrides=["basic.aya_processor_name=/p"])
     assert named.processor_name == "/m"  # of the higher layer
     both = resolve_train("aya", overrides=["basic.aya_model_name=/m", "basic.aya_processor_name=/p"])
     assert (both.model_name, both.processor_name) == ("/m", "/p")
+
+
+def test_the_demo_generates_captions_and_takes_their_length():
+    assert resolve_train("aya", demo=True, overrides=["basic.gen_max_new_tokens=9"]).basic.gen_max_new_tokens == 9
+
+
+def test_half_precision_is_switched_in_both_places():
+    overrides = ["qlora.bnb_4bit_compute_dtype=float16", "basic.dtype=float16"]
+    assert resolve_train("aya", overrides=overrides).basic.dtype == "float16"
+    assert resolve_train("aya", overrides=overrides[:1], flags={"quantize": False}).basic.dtype == "bfloat16"
+    assert resolve_train("aya", demo=True, overrides=["basic.dtype=float16"]).basic.dtype == "float16"
+
+
+def test_a_run_may_have_a_log_of_its_own_name():
+    assert resolve_train("aya", flags={"task": "aya_lr3"}).task == "aya_lr3"
 
 
 def test_an_output_directory_holds_its_best_adapter():
@@ -216,3 +284,26 @@ def test_the_parameters_saved_beside_a_run_start_the_same_run(tmp_path, demo):
 def test_a_saved_file_without_its_own_fields_is_refused(tmp_path):
     with pytest.raises(UserError, match="output_dir is missing"):
         load_params(yaml_file(tmp_path, "model: aya\n"))
+
+
+def test_a_tilde_in_a_directory_is_the_home_directory_also_in_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tmp_path / "c.yaml"
+    config.write_text("output_dir: ~/runs/x\nbasic:\n  logs_dir: ~/logs\n")
+    params = resolve_train("text", demo=True, config_file=config)
+    assert (params.output_dir, params.best_model_dir, params.basic.logs_dir) == (
+        f"{tmp_path}/runs/x",
+        f"{tmp_path}/runs/x/best",
+        f"{tmp_path}/logs",
+    )
+
+
+def test_an_empty_output_directory_is_refused() -> None:
+    assert "output_dir is empty" in message("text", demo=True, flags={"output_dir": ""})
+
+
+@pytest.mark.parametrize(("word", "code"), [("urdu", "ur"), ("EN", "en"), ("Cantonses", "yue")])
+def test_a_language_written_out_is_told_its_code(word: str, code: str) -> None:
+    assert f"did you mean {code}?" in message("text", demo=True, flags={"languages": word})
