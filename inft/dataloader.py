@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from inft.data.batches import Loaded, load_samples
 from inft.data.locate import split_names
+from inft.data.quarantine import write_quarantine
 from inft.sample import Sample
 from params.munichus import MUNIChusLoadConfig
 
@@ -46,15 +47,15 @@ def build_processed_dataset(
     None or ``config.split``: the rows to train on. "validation": the held-out rows, which are the source's own
     validation split or the articles that the training rows leave out. Any other: all rows of that split.
 
-    Errors: UserError as load_samples raises it.
+    Bad rows are listed in ``quarantine_file``. Errors: UserError as load_samples and write_quarantine raise it.
     """
-    if split in split_names("validation") and config.split not in split_names("validation"):
-        loaded = load_samples(config, quarantine_file=quarantine_file, with_images=with_images)
-        return SampleDataset(loaded.heldout, loaded)
-    if split is not None and split != config.split:
+    held_out = split in split_names("validation") and config.split not in split_names("validation")
+    if split is not None and split != config.split and not held_out:
         config = replace(config, split=split, eval_fraction=0.0)
     loaded = load_samples(config, quarantine_file=quarantine_file, with_images=with_images)
-    return SampleDataset(loaded.train, loaded)
+    if quarantine_file is not None:
+        write_quarantine(quarantine_file, loaded.bad)
+    return SampleDataset(loaded.heldout if held_out else loaded.train, loaded)
 
 
 def build_dataloader(

@@ -12,13 +12,13 @@ from inft.data.images import check_images
 from inft.data.languages import any_language_will_do, available_languages
 from inft.data.locate import find_source
 from inft.data.pool import Entry, Pool, collect, drop_images, own_validation, spread_entries, take_images
-from inft.data.quarantine import first_reasons, refuse_too_many, write_quarantine
+from inft.data.quarantine import first_reasons, refuse_foreign, refuse_too_many, write_quarantine
 from inft.data.rows import BadRow, MissingSplit, Row
 from inft.sample import Sample
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
-__all__ = ["BadRow", "Loaded", "MissingSplit", "Row", "load_samples"]
+__all__ = ["BadRow", "Loaded", "MissingSplit", "Row", "load_samples", "write_quarantine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,19 @@ class Loaded:
     source: str  # name in SOURCES
     fingerprint: str  # sha256 over the rows
     rows_per_language: dict[str, tuple[int, int]]  # language -> rows to train on, rows held out
+    other_languages: dict[str, int]  # language that was not asked for -> rows that were read and left out
     dropped_empty: int
-    quarantined: int
-    quarantine_file: Path | None  # None: no bad row, or nowhere to write them
+    bad: tuple[BadRow, ...]  # left out with their reasons; write_quarantine lists them in a file
+
+    @property
+    def quarantined(self) -> int:
+        """How many rows are bad."""
+        return len(self.bad)
+
+    @property
+    def quarantine_reasons(self) -> str:
+        """Why the first bad rows are bad, one a line."""
+        return first_reasons(self.bad)
 
 
 def load_samples(
@@ -46,10 +56,11 @@ def load_samples(
 
     Every image is decoded once before training; ``on_progress`` hears how many are done. Without images (text models)
     they are neither read nor needed. The held-out rows are the source's validation split where it has one, else a
-    share of the articles; none with ``eval_fraction`` 0.
+    share of the articles; none with ``eval_fraction`` 0. Nothing is written but, when bad rows stop the run, their list
+    to ``quarantine_file``; those of a run that goes on are ``Loaded.bad``, for write_quarantine.
 
     Errors: UserError for an unknown source or language, for more bad rows than ``max_bad_fraction`` (the quarantine
-    file names them) and when no row is left.
+    file names them), for a quarantine file that is not ours to replace and when no row is left.
     """
     source, location = find_source(config)
     train = collect(config, source=source, location=location, split=config.split)
@@ -59,14 +70,15 @@ def load_samples(
     pools = [train] if own is None else [train, own]
     _check_images(pools, with_images=with_images, on_progress=on_progress)
 
-    bad = [row for pool in pools for row in pool.bad]
-    written = write_quarantine(quarantine_file, bad)
+    bad = tuple(row for pool in pools for row in pool.bad)
+    if bad and quarantine_file is not None:
+        refuse_foreign(quarantine_file)  # now, not when all is loaded and the run begins
     refuse_too_many(
         bad,
         estimate=sum(pool.bad_estimate for pool in pools),
         read=sum(pool.read for pool in pools),
         config=config,
-        file=written,
+        file=quarantine_file,
     )
     _refuse_nothing(train, name=location or source)
 
@@ -78,9 +90,9 @@ def load_samples(
         source=source,
         fingerprint=_fingerprint(trained, heldout),
         rows_per_language=_per_language(config, trained, heldout),
+        other_languages=_other_languages(config, pools),
         dropped_empty=sum(pool.empty.total() for pool in pools),
-        quarantined=len(bad),
-        quarantine_file=written,
+        bad=bad,
     )
 
 
@@ -140,6 +152,11 @@ def _fingerprint(trained: Sequence[Entry], heldout: Sequence[Entry]) -> str:
             row = [split, sample.meta["where"], sample.language, sample.meta["title"], sample.answer]
             digest.update(json.dumps([*row, sample.prompt.text, picture]).encode())
     return digest.hexdigest()
+
+
+def _other_languages(config: MUNIChusLoadConfig, pools: Iterable[Pool]) -> dict[str, int]:
+    found = sum((pool.found for pool in pools), Counter[str]())
+    return {language: count for language, count in found.most_common() if language not in config.languages}
 
 
 def _per_language(

@@ -7,7 +7,7 @@ from pathlib import Path
 from inft.data.columns import Columns, Record, read_records
 from inft.data.images import file_image
 from inft.data.jsonl import read_lines
-from inft.data.locate import metadata_file, missing_split, split_names
+from inft.data.locate import metadata_file, missing_split, require_split_of_file, split_names, tells_split
 from inft.data.rows import BadRow, MissingSplit, Row
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
@@ -27,14 +27,14 @@ def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[R
 def split_metadata(path: Path, split: str, *, own: str) -> Path:
     """Return the metadata file of a split."""
     if path.is_file():
-        if split == own:
-            return path
-        raise MissingSplit(missing_split(str(path), split, [own]))
-    places = [path / name for name in split_names(split)] + ([path] if split == own else [])
+        require_split_of_file(path, split, own=own)
+        return path
+    whole = split == own and tells_split(path / "metadata", split)
+    places = [path / name for name in split_names(split)] + ([path] if whole else [])
     file = next((file for file in map(metadata_file, places) if file is not None), None)
     if file is None:
         available = [child.name for child in sorted(path.iterdir()) if child.is_dir() and metadata_file(child)]
-        raise MissingSplit(missing_split(str(path), split, available or [own]))
+        raise MissingSplit(missing_split(str(path), split, available or ["train"]))
     return file
 
 

@@ -4,6 +4,7 @@ Only parquet and arrow are read; tables are memory-mapped and images fetched one
 larger than memory.
 """
 
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -126,6 +127,8 @@ def _read_parquet(files: list[str]) -> "Dataset":
     datasets = import_datasets()
     from pyarrow import ArrowException
 
+    # Its reader logs the error that it raises; ours below names the file and the cause once.
+    logging.getLogger("datasets.packaged_modules.parquet.parquet").setLevel(logging.CRITICAL)
     try:
         return datasets.Dataset.from_parquet(files)
     except (datasets.exceptions.DatasetGenerationError, ArrowException) as error:
@@ -180,15 +183,15 @@ def _refused(dataset_id: str, reason: str) -> UserError:
     page = f"https://huggingface.co/datasets/{dataset_id}"
     return UserError(
         f"the hub does not give out {dataset_id}: {reason.rstrip('.')}. If it is gated, ask for access on {page} "
-        "and log in with `hf auth login` (formerly `huggingface-cli login`). Or give a local copy with --data PATH, "
-        "or run --demo."
+        "and log in with `hf auth login` (formerly `huggingface-cli login`). Or give local copies with --data PATH "
+        "and --model PATH, or run --demo, which needs no hub."
     )
 
 
 def _out_of_reach(dataset_id: str, reason: str) -> UserError:
     return UserError(
         f"the hub cannot be reached for {dataset_id} ({reason}) and it is not in the local cache. "
-        "Give a local copy with --data PATH, or run --demo, which needs no hub."
+        "Give local copies with --data PATH and --model PATH, or run --demo, which needs no hub."
     )
 
 

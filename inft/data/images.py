@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,8 @@ from params.errors import UserError
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
 # What Pillow's readers raise on damaged files; a bomb is refused before a pixel is read.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, RuntimeError, struct.error)
+# First bytes of a file -> the layout and place of width and height: Pillow takes an image of 0 pixels for no image.
+_SIZES = {b"\x89PNG\r\n\x1a\n": (">II", 16), b"GIF8": ("<HH", 6), b"BM": ("<ii", 18)}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 _PORTION = 256  # images between two progress reports
 _SIXTEEN_TO_EIGHT = [value // 257 for value in range(65536)]  # 65535 -> 255: white stays white
@@ -37,6 +40,8 @@ class FileImage:
 
     def load(self) -> Image.Image:
         """Return the image as RGB, upright, alpha composited on white; ImageError when it cannot be read."""
+        if os.path.isdir(self.path):
+            raise ImageError(f"image {self.path} is a directory")
         if not os.path.isfile(self.path):  # unlike Path.is_file it takes a name that is too long for the file system
             raise ImageError(f"image {self.path} does not exist")
         try:
@@ -103,7 +108,7 @@ def decode(file: Path | IO[bytes]) -> Image.Image:
             opened.load()
             return _rgb(ImageOps.exif_transpose(opened))
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"not an image of a known kind ({', '.join(_FORMATS)})") from error
+        raise ImageError(_why_unknown(file)) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: {error}") from error
     except ImageError:
@@ -112,10 +117,23 @@ def decode(file: Path | IO[bytes]) -> Image.Image:
         raise ImageError(f"damaged or truncated ({error})") from error
 
 
+def _why_unknown(file: Path | IO[bytes]) -> str:
+    """Why Pillow finds no image in a file: it is empty, has 0 pixels, or is of another kind."""
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
+        stream.seek(0)
+        head = stream.read(32)
+    if not head:
+        return "is empty (0 bytes)"
+    for signature, (layout, place) in _SIZES.items():
+        if head.startswith(signature) and len(head) >= place + struct.calcsize(layout):
+            width, height = struct.unpack_from(layout, head, place)
+            if 0 in (width, height):
+                return f"has 0 pixels ({width} x {height})"
+    return f"not an image of a known kind ({', '.join(_FORMATS)})"
+
+
 def _check_size(size: tuple[int, int]) -> None:
     width, height = size
-    if width < 1 or height < 1:
-        raise ImageError(f"has no pixels ({width} x {height})")
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ImageError(f"too large: {width} x {height} pixels, above Pillow's limit of {limit}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from inft.data.columns import Columns, Record, read_records
 from inft.data.images import file_image
-from inft.data.locate import known_split, missing_split, split_names
+from inft.data.locate import known_split, missing_split, require_split_of_file, split_names, tells_split
 from inft.data.rows import BadRow, MissingSplit, Row
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
@@ -25,9 +25,8 @@ def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[R
 def split_file(path: Path, split: str, *, own: str) -> Path:
     """Return the file that holds a split: train.jsonl, or for ``own`` a directory's only other jsonl file."""
     if path.is_file():
-        if split == own:
-            return path
-        raise MissingSplit(missing_split(str(path), split, [own]))
+        require_split_of_file(path, split, own=own)
+        return path
     files = sorted(path.glob("*.jsonl"))
     for name in split_names(split):
         if (path / f"{name}.jsonl").is_file():
@@ -37,7 +36,10 @@ def split_file(path: Path, split: str, *, own: str) -> Path:
         raise MissingSplit(missing_split(str(path), split, [file.stem for file in files]))
     if len(others) > 1 and path / "captions.jsonl" not in others:
         raise UserError(f"{path} has several jsonl files ({', '.join(o.name for o in others)}): name one with --data.")
-    return path / "captions.jsonl" if path / "captions.jsonl" in others else others[0]
+    file = path / "captions.jsonl" if path / "captions.jsonl" in others else others[0]
+    if not tells_split(file, split):
+        raise MissingSplit(missing_split(str(path), split, [file.stem for file in files]))
+    return file
 
 
 def read_lines(file: Path, columns: Columns) -> Iterator[Record | BadRow]:

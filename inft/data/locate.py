@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from inft.data import SOURCES
+from inft.data.rows import MissingSplit
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
@@ -25,8 +27,8 @@ def find_source(config: MUNIChusLoadConfig) -> tuple[str, str]:
     data = config.data
     if data is None or data == "munichus":
         return "munichus", config.dataset_id
-    if data == "sample":
-        return "sample", ""
+    if data in _names():
+        return data, ""
     if data.startswith("hub:"):
         return "hub", data.removeprefix("hub:")
     path = Path(data).expanduser()
@@ -35,9 +37,14 @@ def find_source(config: MUNIChusLoadConfig) -> tuple[str, str]:
     if path.is_dir():
         return directory_source(path), str(path)
     raise UserError(
-        f"--data {data!r} is neither a source nor a path that exists. Give munichus, sample, hub:OWNER/NAME, a file "
-        f"({', '.join('*' + suffix for suffix in _FILE_SOURCES)}) or a directory. {_LAYOUTS}"
+        f"--data {data!r} is neither a source nor a path that exists. Give {', '.join(_names())}, hub:OWNER/NAME, "
+        f"a file ({', '.join('*' + suffix for suffix in _FILE_SOURCES)}) or a directory. {_LAYOUTS}"
     )
+
+
+def _names() -> list[str]:
+    """The sources that a name alone stands for; the others read a place that must be named."""
+    return [name for name in SOURCES if name not in _FILE_SOURCES.values()]
 
 
 _LAYOUTS = (
@@ -99,6 +106,17 @@ def split_of_file(file: Path) -> str:
         if name in _KNOWN_SPLITS:
             return _KNOWN_SPLITS[name]
     return "train"
+
+
+def tells_split(file: Path, split: str) -> bool:
+    """Whether a file may be read as a split: as train, as its name or directory tells, or by its name itself."""
+    return split in (*split_names("train"), *split_names(split_of_file(file)), file.stem)
+
+
+def require_split_of_file(file: Path, split: str, *, own: str) -> None:
+    """Raise MissingSplit unless a single file is the split; ``own`` is the only one that it may stand for."""
+    if split != own or not tells_split(file, split):
+        raise MissingSplit(missing_split(str(file), split, [own if split != own else split_of_file(file)]))
 
 
 def known_split(name: str) -> bool:

@@ -12,7 +12,7 @@ from inft.data.hub import (
     pick_split,
     table_rows,
 )
-from inft.data.languages import any_language_will_do, available_languages
+from inft.data.languages import any_language_will_do, available_languages, known_code
 from inft.data.locate import language_directories
 from inft.data.rows import BadRow, Row
 from params.errors import UserError
@@ -47,7 +47,7 @@ def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[R
 
 
 def _local(config: MUNIChusLoadConfig, directory: Path) -> "dict[str, dict[str, Dataset]]":
-    places = language_directories(directory)
+    places = {known_code(config, name): place for name, place in language_directories(directory).items()}
     if not places:
         raise UserError(f"{directory} holds no sub-directory per language with parquet files or saved data sets.")
     languages = available_languages(config, places, source=str(directory))

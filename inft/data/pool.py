@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from inft.data import load_source
 from inft.data.heldout import spread, unit_hash
 from inft.data.images import FileImage, ImageError
+from inft.data.languages import known_code
 from inft.data.locate import split_names
-from inft.data.prompts import build_prompt, clean_line
+from inft.data.prompts import build_prompt, visible_line
 from inft.data.rows import BadRow, MissingSplit, Row
 from inft.sample import ImageRef, Sample
 from params.munichus import MUNIChusLoadConfig
@@ -49,6 +50,7 @@ def collect(config: MUNIChusLoadConfig, *, source: str, location: str, split: st
     heaps: defaultdict[str, list[tuple[float, int, Entry]]] = defaultdict(list)
     cap = config.max_rows_per_lang
     for order, row in enumerate(load_source(source)(config, location=location, split=split)):
+        row = replace(row, language=known_code(config, row.language))
         if row.language:
             pool.found[row.language] += 1
         if row.language and row.language not in config.languages:
@@ -70,9 +72,9 @@ def _admit(
 
     The pool's counts and lists grow.
     """
-    title = clean_line(row.title)
+    title = visible_line(row.title)
     if isinstance(row, Row):
-        caption = clean_line(row.caption)
+        caption = visible_line(row.caption)
         if not caption and config.remove_empty:
             pool.empty[row.language] += 1
             return None

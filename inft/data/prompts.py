@@ -12,6 +12,7 @@ _SPACING_CONTROL = re.compile(r"[\t\x0b\x0c\x1c-\x1f\x85]")  # vertical tab, for
 # Control codes, and lone surrogates, which no tokenizer can encode. Joiners and direction marks stay: they shape
 # Sinhala, Hindi and Urdu.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x9f\ud800-\udfff]")
+_INVISIBLE = ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")  # Unicode's control, format, surrogate and separator characters
 _WORD_BOUNDARY_SHARE = 0.75  # a boundary before this share of the limit would throw too much text away
 
 
@@ -53,6 +54,12 @@ def clean_text(text: str) -> str:
 def clean_line(text: str) -> str:
     """Return the text as one line: no control characters, every run of whitespace a single space."""
     return " ".join(clean_text(text).split())
+
+
+def visible_line(text: str) -> str:
+    """Return the text as clean_line does; empty when no character of it can be seen."""
+    line = clean_line(text)
+    return line if any(unicodedata.category(character) not in _INVISIBLE for character in line) else ""
 
 
 def cut_at_word(text: str, limit: int) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from random import Random
 
-from inft.data.batches import MissingSplit, Row
+from inft.data.languages import available_languages
+from inft.data.rows import MissingSplit, Row
 from inft.data.scene_captions import GRAMMARS, caption
 from inft.data.scenes import COLOURS, COMBINATIONS, FIGURES, PLACES, SIZES, Attributes, DrawnImage
 from params.errors import UserError
@@ -31,14 +32,14 @@ ROUNDS: Mapping[str, int] = {"train": 4, "validation": 2, "test": 2}
 def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[Row]:
     """Yield a row for each scene of the split and each of the configured languages that the sample set has.
 
-    Errors: MissingSplit for a split other than train, validation and test; UserError for a location, which
-    drawn scenes do not have.
+    Errors: MissingSplit for a split other than train, validation and test; UserError for a language that it lacks and
+    for a location, which drawn scenes do not have.
     """
     if location:
         raise UserError(f"the sample data set is drawn by code and has no location {location!r}: use --data sample.")
     if split not in ROUNDS:
         raise MissingSplit(f"the sample data set has no split {split!r}. It has {', '.join(ROUNDS)}.")
-    languages = [language for language in config.languages if language in GRAMMARS]
+    languages = available_languages(config, GRAMMARS, source="the sample data set")
     for scene in scenes(split, rounds=ROUNDS[split]):
         for language in languages:
             yield Row(

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from inft.data.batches import load_samples
 from inft.data.heldout import article_key
+from inft.data.quarantine import write_quarantine
+from inft.data.rows import BadRow
 from inft.sample import Sample
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
@@ -38,7 +40,7 @@ def test_a_row_becomes_a_sample(write_jsonl, news_rows) -> None:
     assert (sample.language, sample.image.load().getpixel((0, 0))) == ("ur", (0, 0, 40))
     assert sample.meta == {"title": "Article 0", "where": "train.jsonl line 2", "source": "jsonl"}
     assert loaded.rows_per_language == {"en": (20, 0), "ur": (20, 0)}
-    assert (loaded.heldout, loaded.dropped_empty, loaded.quarantined, loaded.quarantine_file) == ([], 0, 0, None)
+    assert (loaded.heldout, loaded.dropped_empty, loaded.bad, loaded.other_languages) == ([], 0, (), {})
 
 
 def test_no_article_is_on_both_sides(write_jsonl, news_rows) -> None:
@@ -152,10 +154,10 @@ def test_the_fingerprint_changes_with_the_rows_and_with_a_picture(write_jsonl, n
 
 def test_empty_captions_are_dropped_and_counted(write_jsonl, news_rows) -> None:
     rows = news_rows()
-    for number, caption in enumerate(["", "  \n", None, "\x00"]):
+    for number, caption in enumerate(["", "  \n", None, "\x00", "\u200b", "\ufeff \u202e"]):
         rows[number]["caption"] = caption
     loaded = load(write_jsonl(rows), eval_fraction=0.0)
-    assert (loaded.dropped_empty, loaded.quarantined, len(loaded.train)) == (4, 0, 36)
+    assert (loaded.dropped_empty, loaded.quarantined, len(loaded.train)) == (6, 0, 34)
 
 
 def test_empty_captions_are_bad_rows_when_they_are_not_to_be_removed(write_jsonl, news_rows) -> None:
@@ -186,10 +188,12 @@ def bad_directory(write_jsonl, news_rows) -> Path:  # type: ignore[no-untyped-de
     return directory
 
 
-def test_bad_rows_are_quarantined_with_their_reasons(write_jsonl, news_rows, tmp_path: Path) -> None:
+def test_bad_rows_are_written_with_their_reasons(write_jsonl, news_rows, tmp_path: Path) -> None:
     file = tmp_path / "out" / "quarantine.jsonl"
     directory = bad_directory(write_jsonl, news_rows)
     loaded = load(directory, quarantine_file=file, languages=("en",), max_bad_fraction=0.2)
+    assert not file.parent.exists()  # a run that is refused later must leave no trace
+    write_quarantine(file, loaded.bad)
     records = {record["where"]: record for record in map(json.loads, file.read_text().splitlines())}
     assert set(records) == {"train.jsonl line 4", "train.jsonl line 5", "train.jsonl line 6"}
     assert "lies outside" in records["train.jsonl line 4"]["reason"]
@@ -200,7 +204,8 @@ def test_bad_rows_are_quarantined_with_their_reasons(write_jsonl, news_rows, tmp
         "language": "en",
         "title": "Article 5",
     }
-    assert (loaded.quarantined, loaded.quarantine_file) == (3, file)
+    assert (loaded.quarantined, len(loaded.bad)) == (3, 3)
+    assert "train.jsonl line 4: image '../outside.png' lies outside" in loaded.quarantine_reasons
     assert len(loaded.train) + len(loaded.heldout) == 16
     assert os.listdir(file.parent) == ["quarantine.jsonl"]
 
@@ -223,16 +228,45 @@ def test_the_allowed_share_of_bad_rows_is_allowed(write_jsonl, news_rows) -> Non
         load(write_jsonl(rows), languages=("en",))
 
 
-def test_a_run_without_bad_rows_removes_the_list_of_an_earlier_one(write_jsonl, news_rows, tmp_path: Path) -> None:
-    (tmp_path / "quarantine.jsonl").write_text("old")
-    load(write_jsonl(news_rows()), quarantine_file=tmp_path / "quarantine.jsonl")
-    assert not (tmp_path / "quarantine.jsonl").exists()
+def test_loading_leaves_the_list_of_an_earlier_run_alone(write_jsonl, news_rows, tmp_path: Path) -> None:
+    file = tmp_path / "out" / "quarantine.jsonl"
+    write_quarantine(file, [BadRow(where="old", reason="old")])
+    before = file.read_bytes()
+    load(write_jsonl(news_rows()), quarantine_file=file)
+    load(bad_directory(write_jsonl, news_rows), quarantine_file=file, languages=("en",), max_bad_fraction=0.2)
+    assert file.read_bytes() == before
+
+
+def test_a_list_without_rows_removes_that_of_an_earlier_run(tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    write_quarantine(file, [BadRow(where="\ud800", reason="old", title="\ud800")])  # what UTF-8 cannot encode
+    write_quarantine(file, [BadRow(where="new", reason="new")])
+    assert json.loads(file.read_text())["where"] == "new"
+    write_quarantine(file, [])
+    assert not file.exists()
+    write_quarantine(file, [])
+
+
+@pytest.mark.parametrize("content", [b'{"mine": 1}\n', b"notes\n", b"\xff\xfe", b'["where", "reason"]', b"\n{}"])
+def test_a_file_of_someone_else_is_never_replaced(write_jsonl, news_rows, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    file.write_bytes(content)
+    load(write_jsonl(news_rows()), quarantine_file=file)  # without a bad row it is not in the way
+    write_quarantine(file, [])
+    for share in (0.01, 0.2):  # refused before the model is loaded, whether the bad rows are too many or not
+        with pytest.raises(UserError, match=r"quarantine\.jsonl.*not written by inft.*move it"):
+            load(bad_directory(write_jsonl, news_rows), quarantine_file=file, languages=("en",), max_bad_fraction=share)
+    with pytest.raises(UserError, match="not written by inft"):
+        write_quarantine(file, [BadRow(where="a", reason="b")])
+    assert file.read_bytes() == content
 
 
 def test_a_quarantine_that_cannot_be_written_is_a_clear_error(write_jsonl, news_rows, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        load(bad_directory(write_jsonl, news_rows), quarantine_file=tmp_path / "file" / "q.jsonl", languages=("en",))
+    directory = bad_directory(write_jsonl, news_rows)
+    for file in (tmp_path / "file" / "q.jsonl", tmp_path):
+        with pytest.raises(UserError, match="cannot be written"):
+            load(directory, quarantine_file=file, languages=("en",))
 
 
 def test_a_cap_does_not_make_the_share_of_bad_rows_seem_larger(write_jsonl, news_rows) -> None:
@@ -265,7 +299,31 @@ def test_a_language_without_rows_is_named_with_those_of_the_data(write_jsonl, ne
         load(write_jsonl(news_rows()), languages=("en", "si"))
 
 
-@pytest.mark.parametrize(("asked", "meant"), [("Urdu", "ur"), ("en-us", "en")])
+def test_rows_in_other_languages_are_counted(write_jsonl, news_rows) -> None:
+    directory = write_jsonl(news_rows(("en", "si", "en-US"), articles=9))
+    write_jsonl(news_rows(("en", "si"), articles=2, first=100), name="validation.jsonl")
+    loaded = load(directory, languages=("en",))
+    assert loaded.other_languages == {"si": 11, "en-US": 9}
+    assert loaded.rows_per_language == {"en": (9, 2)}
+
+
+def test_case_and_space_do_not_make_another_language(write_jsonl, news_rows) -> None:
+    names = {"en": "English", "pt-BR": "Portuguese"}
+    directory = write_jsonl(news_rows(("EN", " en\t", "pt-br"), articles=4))
+    loaded = load(directory, languages=("en", "pt-BR"), language_names=names, eval_fraction=0.0)
+    assert loaded.rows_per_language == {"en": (8, 0), "pt-BR": (4, 0)}
+    assert loaded.train[0].prompt.instruction == "Write a caption for this image in English."
+    rows = [{key: value for key, value in row.items() if key != "language"} for row in news_rows()]
+    assert load(write_jsonl(rows), languages=("en",), default_language="EN").rows_per_language["en"]
+
+
+@pytest.mark.parametrize("variant", ["en-US", "en_GB"])
+def test_a_region_of_a_requested_language_is_suggested(write_jsonl, news_rows, variant: str) -> None:
+    with pytest.raises(UserError, match=f"no rows in language 'en': .* has {variant}.*Did you mean '{variant}'"):
+        load(write_jsonl(news_rows((variant,))), languages=("en",))
+
+
+@pytest.mark.parametrize(("asked", "meant"), [("Urdu", "ur"), ("en-us", "en"), ("en_GB", "en"), ("UR", "ur")])
 def test_an_unknown_language_gets_a_suggestion(write_jsonl, news_rows, asked: str, meant: str) -> None:
     with pytest.raises(UserError, match=f"{asked}.*Did you mean '{meant}'"):
         load(write_jsonl(news_rows()), languages=(asked,))

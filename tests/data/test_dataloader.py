@@ -1,4 +1,7 @@
+import pytest
+
 from inft.dataloader import MUNIChusLoadConfig, build_dataloader, build_processed_dataset
+from params.errors import UserError
 
 
 def test_the_training_and_the_held_out_rows_are_apart(write_jsonl, news_rows) -> None:
@@ -14,6 +17,23 @@ def test_another_split_is_read_whole(write_jsonl, news_rows) -> None:
     write_jsonl(news_rows(articles=7), name="test.jsonl")
     config = MUNIChusLoadConfig(data=str(write_jsonl(news_rows())))
     assert len(build_processed_dataset(config, "test")) == 14
+
+
+def test_bad_rows_are_listed_where_the_caller_says(write_jsonl, news_rows, tmp_path) -> None:
+    rows = news_rows()
+    rows[0]["image"] = None
+    config = MUNIChusLoadConfig(data=str(write_jsonl(rows)), max_bad_fraction=0.5)
+    file = tmp_path / "quarantine.jsonl"
+    for split in (None, "validation"):
+        build_processed_dataset(config, split, quarantine_file=file)
+        assert "train.jsonl line 1" in file.read_text()
+        file.unlink()
+
+
+def test_a_split_that_a_file_does_not_have_is_an_error(write_jsonl, news_rows) -> None:
+    config = MUNIChusLoadConfig(data=str(write_jsonl(news_rows(), name="pets.jsonl") / "pets.jsonl"))
+    with pytest.raises(UserError, match="has no split 'test'"):
+        build_processed_dataset(config, "test")
 
 
 def test_the_loader_shuffles_by_the_seed_and_keeps_the_batch_size(write_jsonl, news_rows) -> None:

@@ -49,6 +49,14 @@ def test_each_split_has_a_sub_directory(pets: Path) -> None:
         list(rows(CONFIG, location=str(pets), split="test"))
 
 
+def test_metadata_beside_the_images_has_no_split_but_train(pets: Path) -> None:
+    (pets / "metadata.csv").write_text("file_name,caption\n0.png,a cat\n")
+    for place in (pets, pets / "metadata.csv"):
+        assert len(list(rows(CONFIG, location=str(place), split="train"))) == 1
+        with pytest.raises(MissingSplit, match="has no split 'nosuch'; it has train"):
+            list(rows(MUNIChusLoadConfig(split="nosuch"), location=str(place), split="nosuch"))
+
+
 def test_a_line_with_too_many_or_too_few_fields_is_a_bad_row(pets: Path) -> None:
     (pets / "metadata.csv").write_text("file_name,caption\n0.png,a cat\n1.png,a dog, brown\n2.png\n")
     found = list(rows(CONFIG, location=str(pets), split="train"))

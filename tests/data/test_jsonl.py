@@ -28,6 +28,23 @@ def test_a_file_is_the_configured_split_and_no_other(write_jsonl) -> None:
         read(file, split="validation")
 
 
+def test_a_split_that_neither_file_nor_directory_tells_is_an_error(write_jsonl) -> None:
+    directory = write_jsonl([{"caption": "a"}], name="pets.jsonl")
+    for place in (directory, directory / "pets.jsonl"):
+        for split in ("nosuch", "test"):
+            with pytest.raises(MissingSplit, match=rf"has no split '{split}'.*--set data\.split=NAME"):
+                read(place, MUNIChusLoadConfig(split=split), split)
+
+
+def test_a_file_may_be_called_by_the_split_of_its_name(write_jsonl) -> None:
+    for name, split in (("dev", "validation"), ("test-0", "test"), ("pets", "pets"), ("any", "training")):
+        file = write_jsonl([{"caption": "a"}], name=f"{name}.jsonl") / f"{name}.jsonl"
+        assert len(read(file, MUNIChusLoadConfig(split=split), split)) == 1
+    config = MUNIChusLoadConfig(data=str(file.parent / "dev.jsonl"))  # read as training rows, it is not held out too
+    with pytest.raises(MissingSplit):
+        read(file.parent / "dev.jsonl", config, "validation")
+
+
 def test_the_only_other_file_of_a_directory_is_its_training_split(write_jsonl) -> None:
     directory = write_jsonl([{"caption": "a"}], name="pets.jsonl")
     assert len(read(directory)) == 1

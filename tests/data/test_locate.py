@@ -21,6 +21,13 @@ def test_a_word_names_a_source(data: str | None, found: tuple[str, str]) -> None
     assert find_source(MUNIChusLoadConfig(data=data)) == found
 
 
+def test_a_new_source_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOURCES, "mine", "mine:rows")
+    assert find_source(MUNIChusLoadConfig(data="mine")) == ("mine", "")
+    with pytest.raises(UserError, match="munichus, sample, mine, hub:OWNER/NAME"):
+        find_source(MUNIChusLoadConfig(data="jsonl"))  # it reads a path
+
+
 @pytest.mark.parametrize(
     ("files", "source"),
     [

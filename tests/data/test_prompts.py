@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inft.data.prompts import build_prompt, clean_line, clean_text, cut_at_word
+from inft.data.prompts import build_prompt, clean_line, clean_text, cut_at_word, visible_line
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
@@ -44,6 +44,12 @@ def test_control_characters_go_and_line_breaks_stay() -> None:
 def test_joiners_and_direction_marks_of_the_scripts_stay() -> None:
     text = "ශ්\u200dරී ලංකා \u200fاردو\u200e می\u200cخواهم 👩\u200d🚀"
     assert clean_text(text) == text
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff \u202e", "\u00ad\u2060", "\u2028\u3000", "\x00\ud800", ""])
+def test_a_line_without_a_visible_character_is_empty(text: str) -> None:
+    assert visible_line(text) == ""
+    assert visible_line(f" {text}කි\u200d ") == clean_line(f"{text}කි\u200d")
 
 
 def test_text_is_cut_at_a_word() -> None:

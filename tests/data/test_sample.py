@@ -194,3 +194,10 @@ def test_an_unknown_split_and_a_location_are_errors():
         list(rows(MUNIChusLoadConfig(), location="", split="dev"))
     with pytest.raises(UserError, match="--data sample"):
         list(rows(MUNIChusLoadConfig(), location="somewhere", split="train"))
+
+
+def test_a_language_that_the_sample_set_lacks_is_named_with_those_it_has():
+    with pytest.raises(UserError, match=r"no rows in language 'de': the sample data set has ar, en, fr.*--languages"):
+        list(rows(MUNIChusLoadConfig(languages=("de",)), location="", split="train"))
+    with pytest.raises(UserError, match=r"'Hindi'.*Did you mean 'hi'\?"):
+        list(rows(MUNIChusLoadConfig(languages=("en", "Hindi")), location="", split="train"))
