@@ -85,7 +85,7 @@ def text() -> TinyFamily:
 
 @pytest.fixture(scope="session")
 def make_sample() -> Callable[..., Sample]:
-    """A sample from words: make_sample(answer, news=…, instruction=…, image=True, where=…)."""
+    """A sample from words: make_sample(answer, news=…, instruction=…, image=True, size=…, where=…)."""
 
     def sample(
         answer: str = "A red circle.",
@@ -94,10 +94,11 @@ def make_sample() -> Callable[..., Sample]:
         instruction: str = "Write a caption for this image in English.",
         image: bool = True,
         colour: str = "red",
+        size: tuple[int, int] = (96, 64),
         where: str = "train.jsonl line 17",
     ) -> Sample:
         return Sample(
-            image=StillImage(image=disc(colour)) if image else None,
+            image=StillImage(image=disc(colour, size)) if image else None,
             prompt=Prompt(instruction=instruction, news=news),
             answer=answer,
             language="en",
@@ -107,7 +108,7 @@ def make_sample() -> Callable[..., Sample]:
     return sample
 
 
-def disc(colour: str) -> Image.Image:
-    image = Image.new("RGB", (96, 64), "white")
+def disc(colour: str, size: tuple[int, int]) -> Image.Image:
+    image = Image.new("RGB", size, "white")
     ImageDraw.Draw(image).ellipse((20, 10, 60, 50), fill=colour)
     return image

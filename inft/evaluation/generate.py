@@ -25,8 +25,9 @@ def generate_captions(
 ) -> list[str]:
     """Return one caption a sample, in order: greedy (or sampled as the model's generation config says), plain text.
 
-    A caption ends at the model's end token or after `max_new_tokens` tokens. The model's training mode and torch's
-    random state are as before afterwards. Errors: UserError when a prompt does not fit into the collator's max_length.
+    A caption ends at one of the model's end tokens, at the one that ends a supervised answer, or after `max_new_tokens`
+    tokens. The model's training mode and torch's random state are as before afterwards.
+    Errors: UserError when a prompt does not fit into the collator's max_length.
     """
     config = _generation_config(model, collator, max_new_tokens=max_new_tokens, do_sample=do_sample)
     captions: list[str] = []
@@ -56,8 +57,9 @@ def _generation_config(
     config.use_cache = True  # training turns it off in the model's config; decoding without it would be quadratic
     if not do_sample:
         config.temperature = config.top_p = config.top_k = None  # released values; greedy search would warn of them
-    if config.eos_token_id is None:
-        config.eos_token_id = collator.tokenizer.eos_token_id
+    own = collator.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    # Tuning teaches the template's end of turn, which a base model's own config need not name.
+    config.eos_token_id = sorted({collator.end_token_id, *(own if isinstance(own, list) else [own])})
     config.pad_token_id = collator.tokenizer.pad_token_id
     return config
 

@@ -44,6 +44,12 @@ class AyaCollator(CaptionCollator):
     family_template = CHAT_TEMPLATE
     tiles_are_tokens = True
 
+    def _image_text(self, size: tuple[int, int]) -> str:
+        width, height = size
+        tiles = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_patches"]
+        image_text: str = self.processor.replace_image_token({"num_patches": tiles}, 0)
+        return image_text
+
 
 class LogitScale:
     """A forward hook of the head that multiplies its logits by Cohere's `logit_scale`."""
@@ -77,6 +83,12 @@ def image_token_count(processor: Any, batch: Mapping[str, Any]) -> tuple[int, in
     tokens = int((batch["input_ids"] == processor.image_token_id).sum())
     pixels = batch.get("pixel_values")  # [tiles, channels, height, width]
     return tokens, 0 if pixels is None else pixels.shape[0] * (processor.img_size // processor.patch_size) ** 2
+
+
+def most_image_tokens(processor: Any) -> int:
+    """Return the tokens of an image cut into as many tiles as the processor allows, with its thumbnail."""
+    patches = (processor.img_size // processor.patch_size) ** 2
+    return (processor.image_processor.max_patches + 1) * (patches + 1) + 3  # a mark before each tile, three around
 
 
 def released_8b() -> "PretrainedConfig":
@@ -128,5 +140,6 @@ SPEC = ModelSpec(
     collator=AyaCollator,
     released={"CohereLabs/aya-vision-8b": released_8b},
     prepare=prepare,
+    most_image_tokens=most_image_tokens,
     image_token_count=image_token_count,
 )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from inft.models.templates import (
     GENERATION,
+    PROBE_ANSWERS,
+    PROBE_PROMPT,
     SPLICE_TEMPLATE,
     Frame,
     Message,
@@ -25,12 +27,13 @@ from inft.models.templates import (
     template_variables,
     tokenizer_of,
 )
-from inft.sample import Sample
+from inft.sample import Prompt, Sample
 from params.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MEASURED = 256  # rows whose lengths are found in one call of the tokenizer
 IGNORED = -100  # label of a position without supervision, as torch's cross entropy reads it
 
 
@@ -40,7 +43,9 @@ class CaptionCollator:
     Arguments: `processor` of the family; `max_length` in tokens, image tokens included; `over_length` says what
     happens to a longer row: `shorten` its news text, `drop` it, or raise an `error`.
     Batch: every tensor of the processor, and `labels` [rows, tokens] with -100 where nothing is learned.
-    Errors: UserError naming the row that cannot be fitted, or that has nothing to learn.
+    `end_token_id` is the token that ends every supervised answer: the one at which training teaches to stop.
+    Errors: UserError for a template under which training and generation would read different tokens; UserError
+    naming the row that cannot be fitted, or that has nothing to learn.
     """
 
     family_template: str | None = None  # the released template with the answer marked; None: the processor's own
@@ -64,6 +69,7 @@ class CaptionCollator:
         self.frame: Frame | None = None
         if not (self.parts and GENERATION.search(self.template)):
             self.frame = find_frame(processor, self.template, self.control, parts=self.parts)
+        self.end_token_id, self._added_tokens = self._probe()
         # Shared memory: DataLoader workers count too.
         self._counts = torch.zeros(2, dtype=torch.int64).share_memory_()
 
@@ -105,6 +111,43 @@ class CaptionCollator:
             batch = self._encode_prompts(self._fit(rows, lengths, self._prompt_text, may_drop=False))
         return _channels_last(batch)
 
+    def lengths(self, samples: Sequence[Sample]) -> list[int]:
+        """Return how many tokens each sample's whole row has, image tokens included and nothing shortened.
+
+        Equal to what collating it would show. An image is decoded for its size alone, not processed, where the
+        family can tell its tokens from that.
+        """
+        found: list[int] = []
+        for start in range(0, len(samples), MEASURED):
+            part = [self._neutral(sample) for sample in samples[start : start + MEASURED]]
+            texts = [self._text_with_image_tokens(sample) for sample in part]
+            tokens = iter(self._counted([text for text in texts if text is not None]))
+            found += [
+                self._exact_length(sample) if text is None else self._added_tokens + next(tokens)
+                for sample, text in zip(part, texts, strict=True)
+            ]
+        return found
+
+    def _probe(self) -> tuple[int, int]:
+        """The token that ends an answer, and how many tokens the processor adds to a text of its own accord.
+
+        UserError when the tokens of the generation prompt are not those that a row with an answer begins with.
+        """
+        prompt = Prompt(instruction=PROBE_PROMPT)
+        rows = [(Sample(image=None, prompt=prompt, answer=answer, language=""), None) for answer in PROBE_ANSWERS]
+        whole, asked = self._encode(rows), self._encode_prompts(rows[:1])["input_ids"][0].tolist()
+        if any(row[: len(asked)] != asked for row in whole["input_ids"].tolist()):
+            raise UserError(
+                "a row with an answer does not begin with the tokens of the chat template's generation prompt, which "
+                f"ends in {self._prompt_text(*rows[0])[-12:]!r}: the tokenizer joins that with the answer, or the "
+                "template writes something else there. Training and generation would differ. Give the tokenizer a "
+                "template whose generation prompt is the start of the answer's turn and ends in a special token or a "
+                "line break; a space after it belongs to the answer's side."
+            )
+        ids = whole["input_ids"][0]
+        added = int(whole["attention_mask"][0].sum()) - self._counted([self._text(*rows[0])])[0]
+        return int(ids[whole["assistant_masks"][0].bool()][-1]), added
+
     def _choose_template(self) -> str:
         """The family's template when it renders as the processor's own does, else the processor's own."""
         own, family = own_template(self.processor), self.family_template
@@ -135,6 +178,27 @@ class CaptionCollator:
 
     def _text(self, sample: Sample, image: Any) -> str:
         return render(self.processor, self.template, self._messages(sample, image), generation_prompt=False)
+
+    def _image_text(self, size: tuple[int, int]) -> str | None:
+        """What the processor writes for an image of this size (width, height); None: it has to process it to know."""
+        return None
+
+    def _text_with_image_tokens(self, sample: Sample) -> str | None:
+        """The row's text as it is tokenised; None when only processing its image tells."""
+        image = self._load(sample)
+        if image is None:
+            return self._text(sample, None)
+        image_text = self._image_text(image.size)
+        if image_text is None:
+            return None
+        return self._text(sample, image).replace(self.processor.image_token, image_text)
+
+    def _exact_length(self, sample: Sample) -> int:
+        return int(self._encode([(sample, self._load(sample))])["attention_mask"].sum())
+
+    def _counted(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, without those that the processor adds."""
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
     def _split(self, sample: Sample, image: Any) -> tuple[str, str, str]:
         """The row's text as (before the supervised part, supervised part, after it)."""
@@ -217,7 +281,7 @@ class CaptionCollator:
             return replace(sample, prompt=sample.prompt.with_news(sample.prompt.news[:end].rstrip()))
 
         def count(end: int) -> int:
-            return constant + len(self.tokenizer(text(cut(end), image), add_special_tokens=False)["input_ids"])
+            return constant + self._counted([text(cut(end), image)])[0]
 
         # Image tokens and what the tokenizer adds are the same for every cut.
         constant = 0
@@ -247,8 +311,12 @@ def character_ends(text: str) -> list[int]:
 
 
 def _channels_last(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The batch with its images [tiles, channels, height, width] laid out channels last, as convolutions like them."""
+    """The batch with its images [..., channels, height, width] laid out channels last, as convolutions like them.
+
+    Dimensions before these three (rows, images, tiles) stay in order, so that merging them copies nothing.
+    """
     pixels = batch.get("pixel_values")
-    if pixels is not None and pixels.dim() == 4:
-        batch["pixel_values"] = pixels.contiguous(memory_format=torch.channels_last)
+    if pixels is not None:
+        tiles = pixels.flatten(end_dim=-4).contiguous(memory_format=torch.channels_last)
+        batch["pixel_values"] = tiles.unflatten(0, pixels.shape[:-3])
     return batch

@@ -58,6 +58,10 @@ class LlamaCollator(CaptionCollator):
 
     family_template = CHAT_TEMPLATE
 
+    def _image_text(self, size: tuple[int, int]) -> str:
+        image_token: str = self.processor.image_token
+        return image_token
+
 
 def skip_rows_without_image(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """Return a cross-attention layer's output with its input put back in rows that have no image.
@@ -148,5 +152,6 @@ SPEC = ModelSpec(
     collator=LlamaCollator,
     released={"meta-llama/Llama-3.2-11B-Vision-Instruct": released_11b},
     prepare=prepare,
+    most_image_tokens=lambda processor: 1,
     image_token_count=image_token_count,
 )

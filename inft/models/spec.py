@@ -24,4 +24,5 @@ class ModelSpec:
     collator: type  # LlamaCollator, AyaCollator, TextCollator
     released: Mapping[str, Callable[[], "PretrainedConfig"]]  # released hub id -> its config, known offline
     prepare: "Callable[[PreTrainedModel], PreTrainedModel]"  # mends a freshly loaded model (Aya's logit scale)
+    most_image_tokens: Callable[[Any], int]  # processor -> tokens that an image takes at the most; 0: takes no images
     image_token_count: Callable[[Any, Mapping[str, Any]], tuple[int, int]] | None  # of a batch

@@ -16,6 +16,7 @@ Message = dict[str, Any]
 GENERATION = re.compile(r"\{%-?\s*generation\b")  # a template with this block marks the answer itself
 PROBE_PROMPT = "Zq1 instruction\n\nZq1 news"
 PROBE_ANSWER = "Zq2 answer"
+PROBE_ANSWERS = (PROBE_ANSWER, "a", "the", "A", "1")  # beginnings that tokenizers join with a space before them
 WORD_JOINER = "\u2060"  # invisible, no line break; keeps a control token in user text from being read as one
 # The templates of Llama 3 write today's date into text-only prompts. A run must not depend on the day it is resumed,
 # so the date that those templates themselves fall back to is passed.

@@ -99,5 +99,6 @@ SPEC = ModelSpec(
     collator=TextCollator,
     released={"HuggingFaceTB/SmolLM2-135M-Instruct": smollm2_135m, "smollm2": smollm2_135m},
     prepare=prepare,
+    most_image_tokens=lambda processor: 0,
     image_token_count=None,
 )

@@ -89,3 +89,30 @@ def test_markers_that_a_release_declares_as_ordinary_tokens_are_left_out(caption
         f"A red star.{collator.tokenizer.eos_token}", add_special_tokens=False, return_tensors="pt"
     )
     assert decode_captions(collator, ids.input_ids) == ["A red star."]
+
+
+@pytest.mark.parametrize("others", [None, 0, [0, 1]], ids=["none", "another", "several"])
+def test_captions_end_where_training_taught_to_stop_whatever_the_config_says(captioner, samples, others):
+    model, collator = captioner
+    expected = generate_captions(model, collator, samples[:2], max_new_tokens=60, batch_size=2)
+    settings = model.generation_config
+    model.generation_config = copy.deepcopy(settings)
+    model.generation_config.eos_token_id = others
+    try:
+        assert generate_captions(model, collator, samples[:2], max_new_tokens=60, batch_size=2) == expected
+    finally:
+        model.generation_config = settings
+
+
+def test_captions_still_end_at_the_models_own_end_token(captioner, samples):
+    model, collator = captioner
+    [whole] = generate_captions(model, collator, samples[:1], max_new_tokens=24, batch_size=1)
+    settings = model.generation_config
+    model.generation_config = copy.deepcopy(settings)
+    model.generation_config.eos_token_id = collator.tokenizer(whole, add_special_tokens=False).input_ids[2]
+    try:
+        [cut] = generate_captions(model, collator, samples[:1], max_new_tokens=24, batch_size=1)
+    finally:
+        model.generation_config = settings
+    assert whole.startswith(cut)
+    assert len(cut) < len(whole)

@@ -1,12 +1,13 @@
 """Collators: what is supervised, what is cut, what is passed on."""
 
 from collections import Counter
+from copy import copy
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from inft.models.collate import IGNORED, character_ends
+from inft.models.collate import IGNORED, CaptionCollator, character_ends
 from params import UserError
 
 LONG_NEWS = "The harbour was closed on Monday. " * 40
@@ -66,8 +67,51 @@ def test_prompts_end_where_generation_begins(family, make_sample):
     assert "labels" not in batch
 
 
+def test_the_end_token_is_the_last_supervised_one(family, collator_of, make_sample):
+    collator = collator_of(family)
+    labels = collator([make_sample()])["labels"][0]
+    assert collator.end_token_id == labels[labels != IGNORED][-1]
+
+
+SIZES = ((1, 1), (64, 64), (65, 64), (96, 64), (64, 200), (500, 40), (3, 300), (128, 128), (1000, 700))
+
+
+def test_lengths_are_those_of_collated_rows_whatever_the_image_size(family, collator_of, make_sample):
+    collator = collator_of(family)
+    samples = [make_sample(news="news " * (5 * i), size=size) for i, size in enumerate(SIZES)]
+    samples += [make_sample("රතු රවුමක්", image=False), make_sample(" <|image|> <image> ", news="TILE_1")]
+    assert collator.lengths(samples) == [length(collator([sample])) for sample in samples]
+    assert len(set(collator.lengths(samples))) > 2
+
+
+def test_lengths_are_found_without_processing_an_image(family, make_sample, monkeypatch):
+    collator, samples = family.collator(max_length=12), [make_sample(news=LONG_NEWS)]
+    monkeypatch.setattr(collator, "_process", None)  # the way to the processor
+    monkeypatch.setattr(collator, "_encode", None)
+    assert collator.lengths(samples)[0] > 200
+
+
+def test_lengths_of_a_processor_that_must_see_the_pixels_are_exact_too(vlm, make_sample):
+    own = type("Unknowing", (vlm.spec.collator,), {"_image_text": CaptionCollator._image_text})
+    for samples in ([make_sample(), make_sample(image=False), make_sample(news="news")], [make_sample()], []):
+        assert own(vlm.processor).lengths(samples) == vlm.collator().lengths(samples)
+
+
+def test_rows_are_measured_in_portions(text, make_sample, monkeypatch):
+    monkeypatch.setattr("inft.models.collate.MEASURED", 2)
+    samples = [make_sample(news="news " * count) for count in range(5)]
+    assert text.collator().lengths(samples) == [length(text.collator()([sample])) for sample in samples]
+
+
+def test_a_marked_template_that_prompts_for_something_else_is_refused(vlm):
+    processor, generation = copy(vlm.processor), "{%- if add_generation_prompt -%}{{- "
+    processor.chat_template = vlm.spec.chat_template.replace(generation, f"{generation}'<think> think long ' + ")
+    with pytest.raises(UserError, match="does not begin with the tokens of the chat template's generation prompt"):
+        vlm.spec.collator(processor)
+
+
 def test_the_processor_is_called_once(vlm, make_sample, monkeypatch):
-    calls = Counter()
+    collator, calls = vlm.collator(), Counter()
     original = type(vlm.processor).__call__
 
     def counted(self, *args, **kwargs):
@@ -75,7 +119,7 @@ def test_the_processor_is_called_once(vlm, make_sample, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(vlm.processor), "__call__", counted)
-    vlm.collator()([make_sample(), make_sample(image=False)])
+    collator([make_sample(), make_sample(image=False)])
     assert calls["processor"] == 1
 
 
@@ -87,9 +131,16 @@ def test_every_tensor_of_the_processor_is_passed_on(vlm, make_sample):
     assert all(isinstance(value, torch.Tensor) for value in batch.values())
 
 
-def test_image_tiles_are_laid_out_channels_last(aya, make_sample):
-    pixels = aya.collator()([make_sample()])["pixel_values"]
-    assert pixels.is_contiguous(memory_format=torch.channels_last)
+def test_image_tiles_are_laid_out_channels_last(vlm, make_sample):
+    batch = vlm.collator()([make_sample(), make_sample(colour="blue")])
+    pixels = batch["pixel_values"]
+    tiles = pixels.flatten(end_dim=-4)
+    assert tiles.data_ptr() == pixels.data_ptr(), "merging rows, images and tiles copies nothing"
+    assert tiles.is_contiguous(memory_format=torch.channels_last)
+    plain = {**batch, "pixel_values": pixels.contiguous()}
+    with torch.no_grad():
+        model = vlm.model()
+        torch.testing.assert_close(model(**batch).logits, model(**plain).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_may_come_wrapped_in_a_dict(family, make_sample):

@@ -1,6 +1,7 @@
 """Loading: what is set up, and what each mistake is told."""
 
 import importlib
+import json
 import logging
 import shutil
 import time
@@ -13,7 +14,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, Response
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
-from inft.models.loading import EMBEDDED, _device_map, find_source, load_model, load_processor
+from inft.models.loading import EMBEDDED, _device_map, find_source, load_model, load_processor, read_config
+from inft.models.modules import meta_model
 from params import BasicParams, UserError
 
 BASIC = BasicParams(dtype="float32")
@@ -199,6 +201,49 @@ def test_pickled_weights_are_refused(text, copy_of):
     torch.save({}, path / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
         load_model(text.spec, str(path), basic=BASIC)
+
+
+CODE = """\
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+Path({marker!r}).touch()
+
+class Config(LlamaConfig):
+    pass
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+class Words(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def add_code(path, marker):
+    """Make a checkpoint offer classes of its own, whose file leaves a mark when it runs."""
+    (path / "code.py").write_text(CODE.format(marker=str(marker)))
+    for file, classes in (
+        ("config.json", {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "code.Words"]}),
+    ):
+        config = json.loads((path / file).read_text())
+        (path / file).write_text(json.dumps({**config, "auto_map": classes}))
+
+
+def test_the_code_of_a_checkpoint_is_not_run(text, copy_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: "y")  # whoever asks is told yes
+    path, marker = copy_of("text"), tmp_path / "ran"
+    add_code(path, marker)
+    source = find_source(text.spec, str(path))
+    for load in (
+        lambda: read_config(text.spec, source),
+        lambda: load_processor(text.spec, str(path)),
+        lambda: load_model(text.spec, str(path), basic=BASIC),
+        lambda: meta_model(text.spec, str(path)),
+    ):
+        load()
+        assert not marker.exists()
 
 
 def test_an_incomplete_checkpoint_is_refused(text, copy_of):
