@@ -14,10 +14,9 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from inft.training.runlog import JsonlLogger
-from inft.training.storage import file_sha256, staged
-from params import TrainParams
+from inft.training.storage import BEST_FILE, file_sha256, staged
+from params import TrainParams, UserError
 
-BEST_FILE = "best.json"
 ADAPTER_NAME = "default"
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "quantization_config", "use_cache", "dtype")
 
@@ -65,7 +64,12 @@ def read_best(directory: Path) -> dict[str, Any] | None:
     path = directory / BEST_FILE
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: {error}. Move {directory} away; a checkpoint beside it holds the same kind of adapter."
+        ) from error
     return found
 
 
@@ -73,12 +77,19 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json as they are at this moment."""
     # Embeddings are never adapted here; "auto" would ask the hub whether their size changed.
     model.save_pretrained(str(directory), save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)  # a model card that says nothing yet
 
 
 def config_sha256(config: PretrainedConfig) -> str:
     """Fingerprint of a base model's architecture; the same wherever its files lie and however it is loaded."""
-    fields = {key: value for key, value in config.to_dict().items() if key not in VOLATILE_CONFIG}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+    def lasting(value: Any) -> Any:  # text_config and vision_config have volatile fields of their own
+        if not isinstance(value, dict):
+            return value
+        return {key: lasting(part) for key, part in value.items() if key not in VOLATILE_CONFIG}
+
+    fields = json.dumps(lasting(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(fields.encode()).hexdigest()
 
 
 class BestKeeper:

@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -30,8 +31,10 @@ class TrainerLoggingCallback(TrainerCallback):
         self._window = (self._mark, 0) if state.global_step == 0 else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note when the step ended: what follows until the next one is not training."""
+        """Note when the step ended, since what follows is not training; the last step is always logged."""
         self._mark = time.perf_counter()
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(
         self,
@@ -155,6 +158,19 @@ class BestCallback(TrainerCallback):
         return self.patience > 0 and self.so_far.waited >= self.patience
 
 
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, so that a scheduler's signal before training is logged and cleaned up too."""
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class GracefulStop(TrainerCallback):
     """Ctrl-C or SIGTERM: the step is finished and a checkpoint saved; a second one aborts at once.
 
@@ -187,3 +203,7 @@ class GracefulStop(TrainerCallback):
         """Save and stop when a signal has come in."""
         if self.requested:
             control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The same for a signal during an evaluation, which the step's own save follows."""
+        self.on_step_end(args, state, control)

@@ -141,7 +141,7 @@ def adapters_get_gradients(model: PeftModel, batches: Sequence[Looked], forward:
         forward(batch).loss.backward()
     adapters: dict[str, list[Tensor | None]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and ".lora_" in name:  # a trained bias may stand where nothing passes
             adapters.setdefault(name.split(".lora_")[0], []).append(parameter.grad)
     known = {name: [grad for grad in grads if grad is not None] for name, grads in adapters.items()}
     infinite = [name for name, grads in known.items() if not all(grad.isfinite().all() for grad in grads)]

@@ -22,11 +22,16 @@ def hardware() -> dict[str, Any]:
         ],
         "torch": torch.__version__,
         "cuda_build": torch.version.cuda,
-        "bf16": torch.cuda.is_bf16_supported() if cuda else False,
+        "bf16": has_bf16(),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "system": platform.system(),
     }
+
+
+def has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16 itself; emulation, which older cards offer, is slower than float32."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def hardware_line(found: dict[str, Any]) -> str:

@@ -14,10 +14,12 @@ from inft.data.batches import Loaded
 from inft.models.spec import ModelSpec
 from inft.sample import Sample
 from inft.training.adapters import Coverage, coverage
+from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE
 from params import TrainParams
 from params.presets import lora_targets
 
 SAMPLED_ROWS = 32  # rows whose tokens are counted, spread evenly over the training rows
+LONGEST_ROWS = 4  # rows with the longest texts, counted besides for the longest of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +70,24 @@ def count_steps(params: TrainParams, rows: int) -> Steps:
     )
 
 
+def longest_first(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples by the length of their texts, which takes no tokenizer."""
+    return sorted(samples, key=lambda sample: len(sample.prompt.text) + len(sample.answer), reverse=True)
+
+
 def count_tokens(samples: Sequence[Sample], collator: Any) -> TokenFigures:
-    """Collate SAMPLED_ROWS of the samples, one by one, and count."""
+    """Collate SAMPLED_ROWS of the samples and the LONGEST_ROWS, one by one, and count."""
     stride = max(len(samples) // SAMPLED_ROWS, 1)
     lengths, supervised = [], 0
     for sample in samples[::stride][:SAMPLED_ROWS]:
         batch = collator([sample])
         lengths.append(int(batch["attention_mask"].sum()))
         supervised += int((batch["labels"] != -100).sum())
+    longest = [int(collator([sample])["attention_mask"].sum()) for sample in longest_first(samples)[:LONGEST_ROWS]]
     return TokenFigures(
         rows=len(lengths),
         mean=sum(lengths) / len(lengths),
-        longest=max(lengths),
+        longest=max(lengths + longest),
         supervised_share=supervised / sum(lengths),
     )
 
@@ -96,6 +104,7 @@ def make_plan(
             "without a caption": loaded.dropped_empty,
             "unusable, in quarantine": loaded.quarantined,
             f"longer than {params.basic.max_length:,} tokens": too_long,
+            f"in other languages ({', '.join(loaded.other_languages)})": sum(loaded.other_languages.values()),
         },
         coverage=coverage(model, spec, targets),
         trainable=trainable,
@@ -103,7 +112,9 @@ def make_plan(
         tokens=count_tokens(loaded.train, collator),
         steps=count_steps(params, len(loaded.train)),
         places={
-            "checkpoints": params.output_dir,
+            "checkpoints": f"{params.output_dir}/checkpoint-N",
+            "parameters": f"{params.output_dir}/{PARAMS_FILE}",
+            "bad rows": f"{params.output_dir}/{QUARANTINE_FILE}",
             "best adapter": params.best_model_dir,
             "log": str(log_file(params)),
         },
@@ -129,7 +140,7 @@ def show_parameters(console: Console, text: str) -> None:
 
 def _rows_table(plan: Plan) -> Table:
     table = Table(title="rows")
-    table.add_column("language")
+    table.add_column("language", overflow="fold")
     table.add_column("to train on", justify="right")
     table.add_column("held out", justify="right")
     for language, (train, heldout) in plan.rows.items():
@@ -146,7 +157,7 @@ def _rows_table(plan: Plan) -> Table:
 
 def _coverage_table(plan: Plan) -> Table:
     table = Table(title="adapted linear layers")
-    table.add_column("part")
+    table.add_column("part", overflow="fold")
     for heading in ("adapted", "of", "trained parameters"):
         table.add_column(heading, justify="right")
     for part in plan.coverage:
@@ -159,6 +170,8 @@ def _coverage_table(plan: Plan) -> Table:
 def _figures_table(params: TrainParams, plan: Plan) -> Table:
     sft, tokens, steps = params.sft, plan.tokens, plan.steps
     table = Table(title="training", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # paths
     table.add_row(
         "batch",
         f"{steps.effective_batch:,} rows a step ({sft.per_device_train_batch_size} × "
@@ -167,7 +180,7 @@ def _figures_table(params: TrainParams, plan: Plan) -> Table:
     table.add_row("steps", f"{steps.total:,} in all, {steps.per_epoch:,} an epoch, {steps.warmup:,} of warm-up")
     table.add_row(
         "tokens",
-        f"{tokens.mean:,.0f} a row, at most {tokens.longest:,} ({tokens.rows} rows counted), "
+        f"{tokens.mean:,.0f} a row ({tokens.rows} rows counted), {tokens.longest:,} in the longest, "
         f"{tokens.supervised_share:.0%} supervised",
     )
     for what, where in plan.places.items():

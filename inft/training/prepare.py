@@ -1,48 +1,78 @@
 """What stands before the model of a run: where it starts, the process it runs in, the rows it uses."""
 
+import difflib
 import importlib.util
 import os
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import set_seed
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from inft.data.batches import Loaded, load_samples
+from inft.models import load_spec
+from inft.models.collate import where
+from inft.models.loading import load_processor
 from inft.models.spec import ModelSpec
 from inft.sample import Sample
 from inft.training.hardware import hardware, hardware_line
+from inft.training.plan import longest_first
 from inft.training.resume import (
     PARAMS_FILE,
+    QUARANTINE_FILE,
     find_checkpoint,
     is_run_directory,
     refuse_changed_parameters,
     refuse_foreign_output,
+    refuse_other_rows,
 )
-from inft.training.storage import remove_leftovers
+from inft.training.storage import locked, remove_leftovers
 from params import TrainParams, UserError
 from params.resolve import load_params
 
+TEMPLATE_TOKENS = 128  # more than any family's chat template adds to a row's own texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run reads before it loads a model."""
+
+    spec: ModelSpec
+    loaded: Loaded
+    too_long: int  # rows dropped for their length
+    processor: Any
+    collator: Any
+
 
 def starting_point(
-    params: TrainParams, *, resume: str | None, overwrite: bool, dry_run: bool, console: Console
+    params: TrainParams, *, resume: str | None, overwrite: bool, dry_run: bool, console: Console, held: ExitStack
 ) -> Path | None:
-    """The checkpoint to go on from, or None to start at step 0; UserError before anything is loaded or deleted."""
+    """The checkpoint to go on from, or None to start at step 0; UserError before anything is loaded or deleted.
+
+    The output directory is locked against other processes until ``held`` closes; a dry run locks nothing.
+    """
     output_dir = Path(params.output_dir)
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other: give one of them.")
-    if not dry_run:
+    if dry_run:
+        _tell_foreign_output(params, resume=resume is not None, overwrite=overwrite, console=console)
+    else:
         refuse_foreign_output(params, resume=resume is not None, overwrite=overwrite)
-        for directory in (output_dir, Path(params.best_model_dir).parent):
+        best_dir = Path(params.best_model_dir)
+        for directory in (output_dir, best_dir.parent):
             _make_writable(directory)
-            remove_leftovers(directory)
+        held.enter_context(locked(output_dir))
+        remove_leftovers(output_dir)
+        remove_leftovers(best_dir.parent, best_dir.name)
     if resume is None:
         return None
     if resume != "latest" and Path(resume).resolve().parent != output_dir.resolve():
@@ -61,6 +91,15 @@ def starting_point(
     where = f"from {checkpoint}" if checkpoint else "from the beginning: no checkpoint had been finished"
     console.print(f"resuming {where}", highlight=False, markup=False)
     return checkpoint
+
+
+def _tell_foreign_output(params: TrainParams, *, resume: bool, overwrite: bool, console: Console) -> None:
+    """Say in a dry run what would stop the real one."""
+    try:
+        refuse_foreign_output(params, resume=resume, overwrite=overwrite)
+    except UserError as error:
+        text = f"without --dry-run this would stop here: {error}"
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _make_writable(directory: Path) -> None:
@@ -83,6 +122,10 @@ def prepare_process(params: TrainParams, console: Console) -> None:
     missing = [name for name in params.sft.report_to if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"sft.report_to: {', '.join(missing)} is not installed here: pip install {' '.join(missing)}")
+    optimizers = [name.value for name in OptimizerNames]
+    if params.sft.optim not in optimizers:
+        near = difflib.get_close_matches(params.sft.optim, optimizers, n=3) or ["adamw_torch"]
+        raise UserError(f"sft.optim: transformers has no optimizer {params.sft.optim!r}. Nearest: {', '.join(near)}.")
     threads = params.basic.num_threads or (1 if not params.model_name else None)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -109,6 +152,19 @@ def say_what_runs(params: TrainParams, console: Console) -> None:
     )
 
 
+def read_inputs(params: TrainParams, checkpoint: Path | None, *, dry_run: bool, console: Console) -> Inputs:
+    """Rows, processor and collator; UserError when a resumed run would read other rows than it began with."""
+    spec = load_spec(params.model)
+    quarantine = None if dry_run else Path(params.output_dir) / QUARANTINE_FILE
+    loaded = read_rows(params, spec, quarantine, console)
+    if checkpoint:
+        refuse_other_rows(checkpoint, loaded.fingerprint)
+    processor = load_processor(spec, params.processor_name, max_image_tiles=params.basic.max_image_tiles)
+    collator = spec.collator(processor, max_length=params.basic.max_length, over_length=params.sft.over_length)
+    loaded, too_long = without_long_rows(loaded, params, spec, processor, collator)
+    return Inputs(spec=spec, loaded=loaded, too_long=too_long, processor=processor, collator=collator)
+
+
 def read_rows(params: TrainParams, spec: ModelSpec, quarantine: Path | None, console: Console) -> Loaded:
     """The rows to train on and those held out; bad ones are counted on the console and listed in ``quarantine``."""
     with console.status("reading rows") as status:
@@ -119,25 +175,41 @@ def read_rows(params: TrainParams, spec: ModelSpec, quarantine: Path | None, con
             on_progress=lambda done: status.update(f"reading rows: {done:,} images checked"),
         )
     if loaded.quarantined:
-        where = f", listed with their reasons in {loaded.quarantine_file}" if loaded.quarantine_file else ""
-        console.print(f"{loaded.quarantined:,} bad rows left out{where}", style="yellow", highlight=False, markup=False)
+        count = f"{loaded.quarantined:,} bad row{'s' if loaded.quarantined > 1 else ''} left out"
+        where = f", to be listed with their reasons in {quarantine}" if quarantine else ""
+        text = f"{count}{where}:\n{loaded.quarantine_reasons}"
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     return loaded
 
 
-def without_long_rows(loaded: Loaded, params: TrainParams, spec: ModelSpec, processor: Any) -> tuple[Loaded, int]:
-    """With over_length="drop": the rows that fit into max_length, and how many did not.
+def without_long_rows(
+    loaded: Loaded, params: TrainParams, spec: ModelSpec, processor: Any, collator: Any
+) -> tuple[Loaded, int]:
+    """With over_length="drop": the rows that fit into max_length, and how many did not; else all of them.
 
-    They are dropped here, once, and not batch by batch, where a batch could lose all its rows.
+    UserError for rows that stay too long however their news text is shortened, or that are too long at all with
+    over_length="error": a run must not meet them in the middle of an epoch.
     """
-    if params.sft.over_length != "drop":
+    shortens = params.sft.over_length == "shorten"
+
+    def too_long(samples: Sequence[Sample]) -> set[int]:
+        kept = [replace(sample, prompt=sample.prompt.with_news("")) if shortens else sample for sample in samples]
+        room = params.basic.max_length - TEMPLATE_TOKENS - spec.most_image_tokens(processor)
+        # A token has a byte at least: most rows need no tokenizer, and no image, to be known to fit.
+        doubtful = [i for i, s in enumerate(kept) if len((s.prompt.text + s.answer).encode()) > room]
+        lengths = collator.lengths([kept[i] for i in doubtful])
+        return {i for i, length in zip(doubtful, lengths, strict=True) if length > params.basic.max_length}
+
+    long = [too_long(samples) for samples in (loaded.train, loaded.heldout)]
+    if not any(long):
         return loaded, 0
-    measure = spec.collator(processor, max_length=2**31, over_length="error")
-
-    def fits(sample: Sample) -> bool:
-        return int(measure([sample])["attention_mask"].sum()) <= params.basic.max_length
-
-    train, heldout = ([sample for sample in samples if fits(sample)] for samples in (loaded.train, loaded.heldout))
-    dropped = len(loaded.train) + len(loaded.heldout) - len(train) - len(heldout)
+    if params.sft.over_length != "drop":
+        rows = [samples[i] for samples, found in zip((loaded.train, loaded.heldout), long, strict=True) for i in found]
+        raise _too_long(rows, params)
+    train, heldout = (
+        [sample for i, sample in enumerate(samples) if i not in found]
+        for samples, found in zip((loaded.train, loaded.heldout), long, strict=True)
+    )
     if not train:
         raise UserError(
             f"no row is left: every one has more than basic.max_length={params.basic.max_length} tokens and "
@@ -145,14 +217,25 @@ def without_long_rows(loaded: Loaded, params: TrainParams, spec: ModelSpec, proc
         )
     kept, kept_heldout = (Counter(sample.language for sample in samples) for samples in (train, heldout))
     counts = {language: (kept[language], kept_heldout[language]) for language in loaded.rows_per_language}
-    return replace(loaded, train=train, heldout=heldout, rows_per_language=counts), dropped
+    return replace(loaded, train=train, heldout=heldout, rows_per_language=counts), sum(map(len, long))
+
+
+def _too_long(rows: Sequence[Sample], params: TrainParams) -> UserError:
+    names = ", ".join(where(sample) for sample in rows[:3]) + (", …" if len(rows) > 3 else "")
+    even = " even without news text" if params.sft.over_length == "shorten" else ""
+    return UserError(
+        f"{len(rows):,} row{'s' if len(rows) > 1 else ''} ({names}) would have more than basic.max_length="
+        f"{params.basic.max_length:,} tokens{even}. Raise basic.max_length (or for Aya lower basic.max_image_tiles), "
+        "or leave such rows out with --set sft.over_length=drop."
+    )
 
 
 def guard_batches(samples: Sequence[Sample], size: int, collator: Any) -> list[tuple[list[Sample], Any]]:
-    """The first rows, collated, and the first with or without an image if those have none such."""
-    batches = [list(samples[:size])]
+    """The longest rows, collated, so that memory runs out now or not at all, then the first rows, and the first with
+    or without an image if those have none such."""
+    batches = [longest_first(samples)[:size], list(samples[:size])]
     for has_image in (True, False):
-        if not any((sample.image is not None) == has_image for sample in batches[0]):
+        if not any((sample.image is not None) == has_image for batch in batches for sample in batch):
             others = [sample for sample in samples if (sample.image is not None) == has_image][:size]
             batches += [others] if others else []
     return [(batch, collator(batch)) for batch in batches]

@@ -9,17 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from inft.training.best import BEST_FILE
-from inft.training.storage import PREVIOUS, STAGING, file_sha256
+from inft.training.storage import BEST_FILE, PREVIOUS, STAGING, file_sha256
 from params import TrainParams, UserError
 
 MANIFEST = "inft_checkpoint.json"
 STATE_FILE = "inft_state.json"  # in a checkpoint: what transformers' own state lacks
 PARAMS_FILE = "params.yaml"
+QUARANTINE_FILE = "quarantine.jsonl"
 HASHED_BELOW = 64 * 2**20  # bytes; larger files are checked by size alone
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 OURS = re.compile(
-    rf"{CHECKPOINT.pattern}|params\.yaml|\.?quarantine\.jsonl.*|demo\.json"
+    rf"{CHECKPOINT.pattern}|params\.yaml|\.?quarantine\.jsonl.*|demo\.json|runs"  # runs: TensorBoard's
     rf"|{re.escape(STAGING)}.*|{re.escape(PREVIOUS)}.*"
 )
 
@@ -29,6 +29,7 @@ HARMLESS = (
     "basic.logs_dir",
     "basic.metric_dir",
     "basic.num_threads",
+    "basic.device_map",
     "basic.gen_*",
     "data.num_workers",
     "data.max_bad_fraction",
@@ -37,6 +38,8 @@ HARMLESS = (
     "sft.logging_steps",
     "sft.save_steps",
     "sft.eval_steps",
+    "sft.per_device_eval_batch_size",
+    "sft.gradient_checkpointing",
     "sft.save_total_limit",
     "sft.early_stopping_*",
     "sft.report_to",
@@ -181,7 +184,7 @@ def refuse_foreign_output(params: TrainParams, *, resume: bool, overwrite: bool)
 def delete_run(params: TrainParams) -> None:
     """Delete what an earlier run wrote to the output directory and the best adapter's; nothing else.
 
-    quarantine.jsonl stays: it is the new run's by the time this is called.
+    quarantine.jsonl stays: the new run replaces it, or removes it, next.
     """
     output_dir, best_dir = Path(params.output_dir), Path(params.best_model_dir)
     if (best_dir / BEST_FILE).exists():
@@ -189,7 +192,7 @@ def delete_run(params: TrainParams) -> None:
     if not output_dir.is_dir():
         return
     for path in output_dir.iterdir():
-        if OURS.fullmatch(path.name) and path.name != "quarantine.jsonl":
+        if OURS.fullmatch(path.name) and path.name != QUARANTINE_FILE:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -1,10 +1,12 @@
 """The rows of a run as a Trainer wants them: a column of numbers, and a collator that knows what they stand for."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import get_worker_info
 
 from inft.sample import Sample
 
@@ -24,6 +26,10 @@ class RowCollator:
 
     def __call__(self, features: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
         """Return the batch of some rows of the column."""
+        if get_worker_info() is not None:
+            # A scheduler signals the whole process group; the main process decides when to stop.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         numbers = [feature["row"] for feature in features]
         batch: dict[str, torch.Tensor] = self.collator([self.rows[number] for number in numbers])
         if numbers[0] >= self.first_heldout:

@@ -4,42 +4,43 @@ rows → processor → model (quantised) → adapters → plan → guards → tr
 """
 
 import shlex
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import torch
 from peft import PeftModel
 from rich.console import Console
+from transformers import TrainerCallback
 
-from inft.data.batches import Loaded
-from inft.models import load_spec
-from inft.models.loading import load_model, load_processor
+from inft.data.batches import Loaded, write_quarantine
+from inft.models.loading import load_model
 from inft.models.spec import ModelSpec
 from inft.training.adapters import add_adapters
 from inft.training.best import BestKeeper, read_best
-from inft.training.callbacks import BestCallback, BestSoFar, GracefulStop, TrainerLoggingCallback
+from inft.training.callbacks import BestCallback, BestSoFar, GracefulStop, TrainerLoggingCallback, sigterm_interrupts
 from inft.training.guards import GuardResult, run_guards
 from inft.training.hardware import hardware, peak_memory, versions
-from inft.training.plan import log_file, make_plan, show_parameters, show_plan
+from inft.training.plan import Steps, log_file, make_plan, show_parameters, show_plan
 from inft.training.prepare import (
+    Inputs,
     guard_batches,
     prepare_process,
-    read_rows,
+    read_inputs,
     say_what_runs,
     starting_point,
-    without_long_rows,
 )
 from inft.training.progress import ProgressReport
 from inft.training.quantise import after_quantised_load, quantization_config
-from inft.training.resume import PARAMS_FILE, delete_run, refuse_other_rows
+from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE, delete_run
 from inft.training.rows import RowCollator
 from inft.training.runlog import JsonlLogger
 from inft.training.sft import sft_config
-from inft.training.storage import write_text
+from inft.training.storage import BEST_FILE, write_text
 from inft.training.trainer import CaptionTrainer
 from params import SFTParams, TrainParams, UserError
 from params.presets import lora_targets
@@ -78,56 +79,47 @@ def fit(
     """
     console = console or Console()
     began = time.perf_counter()
-    checkpoint = starting_point(params, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console)
-    prepare_process(params, console)
-    output_dir = Path(params.output_dir)
     with ExitStack() as stack:
+        stack.enter_context(sigterm_interrupts())
+        checkpoint = starting_point(
+            params, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console, held=stack
+        )
+        prepare_process(params, console)
         log = stack.enter_context(JsonlLogger(None if dry_run else log_file(params)))
         stack.enter_context(_errors_logged(log))
+        stack.enter_context(_out_of_memory_told())
 
-        spec = load_spec(params.model)
-        quarantine = None if dry_run else output_dir / "quarantine.jsonl"
-        loaded = read_rows(params, spec, quarantine, console)
-        if checkpoint:
-            refuse_other_rows(checkpoint, loaded.fingerprint)
-        processor = load_processor(spec, params.processor_name, max_image_tiles=params.basic.max_image_tiles)
-        collator = spec.collator(processor, max_length=params.basic.max_length, over_length=params.sft.over_length)
-        loaded, too_long = without_long_rows(loaded, params, spec, processor)
-        log.event("run_start", **_run_start(params, loaded, checkpoint))
-
-        model = _adapted_model(params, spec, console)
-        keeper = BestKeeper(params, model=model, processor=processor, log=log)
-        plan = make_plan(params, loaded, too_long, model=model, spec=spec, collator=collator)
+        inputs = read_inputs(params, checkpoint, dry_run=dry_run, console=console)
+        log.event("run_start", **_run_start(params, inputs.loaded, checkpoint))
+        model = _adapted_model(params, inputs.spec, console)
+        keeper = BestKeeper(params, model=model, processor=inputs.processor, log=log)
+        plan = make_plan(
+            params, inputs.loaded, inputs.too_long, model=model, spec=inputs.spec, collator=inputs.collator
+        )
         if dry_run:
             show_parameters(console, dump_yaml(params))
-            output_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # a Trainer makes its directory
         show_plan(console, params, plan)
 
         stop = GracefulStop(tell=console.print)
-        progress = stack.enter_context(ProgressReport(console))
-        trainer = CaptionTrainer(
-            model=model,
-            args=sft_config(params, output_dir=output_dir, steps=plan.steps, evaluate=bool(loaded.heldout)),
-            rows=RowCollator(loaded.train, loaded.heldout, collator),
-            processor=processor,
-            best=_judge(params.sft, keeper),
-            keep_checkpoints=params.sft.save_total_limit,
-            callbacks=[TrainerLoggingCallback(log), progress, stop],
-            fingerprint=loaded.fingerprint,
-        )
-        batches = guard_batches(loaded.train, params.sft.per_device_train_batch_size, collator)
-        run_guards(model, spec, processor, batches, forward=trainer.score, report=_reporter(log, console))
+        callbacks = [TrainerLoggingCallback(log), stack.enter_context(ProgressReport(console)), stop]
+        scratch = stack.enter_context(TemporaryDirectory()) if dry_run else None  # a Trainer makes its directory
+        trainer = _trainer(params, inputs, model, keeper, plan.steps, callbacks, Path(scratch or params.output_dir))
+        batches = guard_batches(inputs.loaded.train, params.sft.per_device_train_batch_size, inputs.collator)
+        report = _reporter(log, console)
+        run_guards(model, inputs.spec, inputs.processor, batches, forward=trainer.score, report=report)
         if dry_run:
             console.print("dry run: all is ready; nothing was written.")
             return _result(params, trainer, None, status="dry_run")
 
         if overwrite:
             delete_run(params)
-        write_text(output_dir / PARAMS_FILE, dump_yaml(params))
+        write_quarantine(Path(params.output_dir) / QUARANTINE_FILE, inputs.loaded.bad)
+        write_text(Path(params.output_dir) / PARAMS_FILE, dump_yaml(params))
         with stop:
             train_loss = trainer.fit(checkpoint)
         result = _finish(params, trainer, keeper, train_loss, interrupted=stop.requested)
-        log.event("run_end", **_run_end(result, seconds=time.perf_counter() - began, shortened=collator.shortened))
+        seconds = time.perf_counter() - began
+        log.event("run_end", **_run_end(result, seconds=seconds, shortenings=inputs.collator.shortened))
     _say_goodbye(params, result, console)
     return result
 
@@ -147,6 +139,29 @@ def _adapted_model(params: TrainParams, spec: ModelSpec, console: Console) -> Pe
         after_quantised_load(base)
     targets = lora_targets(params.model, params.training_mode, params.lora)
     return add_adapters(base, spec, params.lora, targets, seed=params.basic.seed)
+
+
+def _trainer(
+    params: TrainParams,
+    inputs: Inputs,
+    model: PeftModel,
+    keeper: BestKeeper,
+    steps: Steps,
+    callbacks: Sequence[TrainerCallback],
+    output_dir: Path,
+) -> CaptionTrainer:
+    """The trainer of a run, writing to ``output_dir``."""
+    loaded = inputs.loaded
+    return CaptionTrainer(
+        model=model,
+        args=sft_config(params, output_dir=output_dir, steps=steps, evaluate=bool(loaded.heldout)),
+        rows=RowCollator(loaded.train, loaded.heldout, inputs.collator),
+        processor=inputs.processor,
+        best=_judge(params.sft, keeper),
+        keep_checkpoints=params.sft.save_total_limit,
+        callbacks=callbacks,
+        fingerprint=loaded.fingerprint,
+    )
 
 
 def _judge(sft: SFTParams, keeper: BestKeeper) -> BestCallback:
@@ -176,7 +191,7 @@ def _run_start(params: TrainParams, loaded: Loaded, checkpoint: Path | None) -> 
     }
 
 
-def _run_end(result: RunResult, *, seconds: float, shortened: int) -> dict[str, Any]:
+def _run_end(result: RunResult, *, seconds: float, shortenings: int) -> dict[str, Any]:
     return {
         "status": result.status,
         "step": result.global_step,
@@ -184,7 +199,7 @@ def _run_end(result: RunResult, *, seconds: float, shortened: int) -> dict[str, 
         "best_step": result.best_step,
         "best_metric": result.best_metric,
         "seconds": seconds,
-        "shortened_rows": shortened,
+        "shortenings": shortenings,  # of news texts; a row that is seen again is shortened again
         **peak_memory(),
     }
 
@@ -208,8 +223,19 @@ def _finish(
     elif interrupted and trainer.state.global_step < trainer.state.max_steps:
         status = "interrupted"
     if status != "interrupted":
+        _refuse_missing_best(params, trainer)
         keeper.finish(trainer.state.global_step, evaluated=trainer.best.so_far.step is not None)
     return _result(params, trainer, train_loss, status=status)
+
+
+def _refuse_missing_best(params: TrainParams, trainer: CaptionTrainer) -> None:
+    """UserError when the adapter that an evaluation chose is no longer where it was stored."""
+    step, best_dir = trainer.best.so_far.step, Path(params.best_model_dir)
+    if step is not None and params.sft.load_best_model_at_end and not (best_dir / BEST_FILE).exists():
+        raise UserError(
+            f"the run is finished, but its best adapter, of step {step}, is no longer in {best_dir}. Checkpoints in "
+            f"{params.output_dir} hold the adapters of their own steps; or train again with --overwrite."
+        )
 
 
 def _result(params: TrainParams, trainer: CaptionTrainer, train_loss: float | None, *, status: Status) -> RunResult:
@@ -227,14 +253,28 @@ def _result(params: TrainParams, trainer: CaptionTrainer, train_loss: float | No
 
 
 def _say_goodbye(params: TrainParams, result: RunResult, console: Console) -> None:
+    loss = f", mean training loss {result.train_loss:.4f}" if result.train_loss is not None else ""
     if result.status == "interrupted":
         lines = [f"stopped after step {result.global_step}; go on with:", f"  {resume_command(params)}"]
     else:
         value = f", held-out loss {result.best_metric:.4f}" if result.best_metric is not None else ""
         word = "stopped early, the held-out loss no longer falls" if result.status == "early_stopped" else "finished"
-        lines = [f"{word} · step {result.best_step}{value} is stored in {result.best_dir}"]
+        lines = [f"{word}{loss} · step {result.best_step}{value} is stored in {result.best_dir}"]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _out_of_memory_told() -> Iterator[None]:
+    """Turn a full GPU into a message that says what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory is full. Lower sft.per_device_train_batch_size (and raise "
+            "sft.gradient_accumulation_steps), basic.max_length or, for Aya, basic.max_image_tiles; turn on "
+            f"sft.gradient_checkpointing and qlora.load_in_4bit. Checkpoints are kept. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from params.errors import UserError
 
 SCHEMA_VERSION = 1
 
-COMMON = frozenset({"schema", "event", "time"})  # time: seconds since 1970
+COMMON = frozenset({"schema", "event", "time", "run"})  # time: seconds since 1970; run: id of one process's run
 
 # event -> the keys it always has besides COMMON; an event may have more
 EVENTS: Mapping[str, frozenset[str]] = {
@@ -39,6 +40,7 @@ class JsonlLogger:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
+        self.run = uuid.uuid4().hex[:8]  # tells runs apart that write to one file at the same time
         if self.path is None:
             self._file = None
             return
@@ -57,7 +59,7 @@ class JsonlLogger:
         assert not missing, f"event {event!r} lacks {sorted(missing)}"
         if self._file is None:
             return
-        record = {"schema": SCHEMA_VERSION, "event": event, "time": time.time(), **fields}
+        record = {"schema": SCHEMA_VERSION, "event": event, "time": time.time(), "run": self.run, **fields}
         line = json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False)
         try:
             self._file.write(line + "\n")

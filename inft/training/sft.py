@@ -1,10 +1,12 @@
 """SFTParams in the words of TRL's SFTConfig."""
 
+import os
 from pathlib import Path
 
 import torch
 from trl import SFTConfig
 
+from inft.training.hardware import has_bf16
 from inft.training.plan import Steps
 from params import TrainParams
 
@@ -27,10 +29,11 @@ def sft_config(params: TrainParams, *, output_dir: Path, steps: Steps, evaluate:
         activation_checkpointing=sft.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         # Mixed precision is for CUDA: on a CPU the weights' own dtype decides.
-        bf16=cuda and params.basic.dtype == "bfloat16" and torch.cuda.is_bf16_supported(),
+        bf16=cuda and params.basic.dtype == "bfloat16" and has_bf16(),
         fp16=cuda and params.basic.dtype == "float16",
         use_cpu=not cuda,
         logging_steps=sft.logging_steps,
+        logging_first_step=True,  # what the loss fell from
         logging_nan_inf_filter=False,  # it would hide what training_step stops at
         eval_strategy="steps" if evaluate else "no",
         eval_steps=sft.eval_steps if evaluate else None,
@@ -40,7 +43,7 @@ def sft_config(params: TrainParams, *, output_dir: Path, steps: Steps, evaluate:
         prediction_loss_only=True,
         seed=params.basic.seed,
         data_seed=params.data.seed,
-        dataloader_num_workers=params.data.num_workers,
+        dataloader_num_workers=min(params.data.num_workers, os.cpu_count() or 1),  # more would only wait
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},

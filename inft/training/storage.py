@@ -2,18 +2,20 @@
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from params.errors import UserError
 
+BEST_FILE = "best.json"  # beside a stored adapter: which step it is of and why
 STAGING = ".inft-staging-"  # prefix of a directory that is being written; left over only by a killed run
 PREVIOUS = ".inft-previous-"  # prefix of a directory on its way out
 _DISK_ERRNOS = {
@@ -26,12 +28,28 @@ _DISK_ERRNOS = {
 
 
 @contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory for this process; UserError when another one does. The lock ends with the process."""
+    handle = os.open(directory, os.O_RDONLY)
+    with ExitStack() as stack:
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is training into {directory}. Wait for it, stop it, or choose another --output-dir."
+            ) from error
+        yield
+
+
+@contextmanager
 def staged(final: Path, *, what: str) -> Iterator[Path]:
     """Yield a new directory beside ``final``; when the block ends well it takes the place of ``final`` at once.
 
     A reader of ``final`` sees the old content or the new, whole. If the block fails, ``final`` is untouched and
     what was written is removed; a full disk is a UserError that names ``what``.
     """
+    final = final.resolve()  # where a link points, often to a larger disk, and not the link itself
     staging = final.parent / f"{STAGING}{final.name}"
     final.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(staging, ignore_errors=True)
@@ -66,15 +84,18 @@ def disk_trouble(error: BaseException) -> str | None:
     return None
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Remove what a killed run left half-written in ``directory``; put back what it was about to replace."""
-    for path in directory.glob(f"{PREVIOUS}*"):
+def remove_leftovers(directory: Path, name: str = "*") -> None:
+    """Remove what a killed run left half-written in ``directory``; put back what it was about to replace.
+
+    ``name`` limits this to one final name, where the directory may hold the files of other runs too.
+    """
+    for path in directory.glob(f"{PREVIOUS}{name}"):
         final = directory / path.name.removeprefix(PREVIOUS)
         if final.exists():
             shutil.rmtree(path)
         else:
             path.rename(final)
-    for path in directory.glob(f"{STAGING}*"):
+    for path in directory.glob(f"{STAGING}{name}"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -41,6 +41,9 @@ class CaptionTrainer(SFTTrainer):
         fingerprint: str,  # of the rows, kept in every checkpoint
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        # Non-reentrant checkpointing needs no gradient of its input. Asked for one, transformers hooks the patch
+        # embedding too, and every backward pass would run through the whole frozen vision tower.
+        model.get_base_model().enable_input_require_grads = lambda: None
         # TRL rounds the adapters of a 4-bit model to bfloat16, in which an update of less than 1/256 of a weight is
         # lost. They are a small share of the memory: float32 they stay.
         weights = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
@@ -119,7 +122,8 @@ class CaptionTrainer(SFTTrainer):
         transformers averages the means of batches, so that a short answer counts more in a batch of its own.
         """
         began = time.perf_counter()
-        metrics = self._score_heldout(self.get_eval_dataloader(eval_dataset), metric_key_prefix)
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed: how often one evaluates must not matter
+            metrics = self._score_heldout(self.get_eval_dataloader(eval_dataset), metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(metrics)
         loss = metrics[f"{metric_key_prefix}_loss"]
@@ -211,8 +215,8 @@ class CaptionTrainer(SFTTrainer):
         kept = f"The last good checkpoint is {whole[0]}." if whole else "No checkpoint had been saved yet."
         return UserError(
             f"step {step}: {what}; the run is stopped and nothing of this step is kept. {kept} "
-            "Lower sft.lr or sft.max_grad_norm, lengthen sft.warmup_ratio, or use bfloat16 or float32 instead of "
-            "float16."
+            "Start again, with --overwrite or another --output-dir, and lower sft.lr or sft.max_grad_norm, lengthen "
+            "sft.warmup_ratio, or use bfloat16 or float32 instead of float16."
         )
 
 

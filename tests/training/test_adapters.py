@@ -127,6 +127,13 @@ def test_the_same_seed_gives_the_same_adapters(text):
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+def test_the_adapters_are_configured_as_the_parameters_say(text):
+    lora = LoRAParams(r=4, alpha=6, dropout=0.25, use_rslora=True, use_dora=True, bias="lora_only")
+    config = add_adapters(text.model(), text.spec, lora, ("q_proj",), seed=0).peft_config["default"]
+    found = (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora, config.bias)
+    assert found == (4, 6, 0.25, True, True, "lora_only")
+
+
 def test_adding_adapters_leaves_the_random_state_alone(text):
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -12,10 +12,10 @@ from inft.models import load_spec
 from inft.models.loading import load_model, load_processor
 from inft.sample import Sample
 from inft.training import best
-from inft.training.best import BEST_FILE, BestKeeper, read_best
+from inft.training.best import BEST_FILE, BestKeeper, config_sha256, read_best
 from inft.training.run import fit
 from inft.training.storage import file_sha256
-from params import TrainParams, UserError
+from params import BasicParams, TrainParams, UserError
 from params.resolve import resolve_train
 
 Make = Callable[..., TrainParams]
@@ -105,6 +105,18 @@ def test_best_json_names_base_parameters_step_and_the_checksum_of_every_file(mak
     assert files == set(found["files"])
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files
     assert all(file_sha256(result.best_dir / name) == digest for name, digest in found["files"].items())
+
+
+@pytest.mark.parametrize("name", ["llama32", "aya", "text"])
+def test_the_fingerprint_of_a_base_model_is_that_of_its_architecture(name: str) -> None:
+    def loaded(dtype: str) -> Any:
+        return load_model(load_spec(name), "", basic=BasicParams(dtype=dtype)).config
+
+    fingerprint = config_sha256(loaded("float32"))
+    assert config_sha256(loaded("bfloat16")) == fingerprint
+    other = loaded("float32")
+    other.get_text_config().num_attention_heads *= 2
+    assert config_sha256(other) != fingerprint
 
 
 def test_the_lowest_evaluation_loss_is_stored_not_the_last(make_params: Make) -> None:

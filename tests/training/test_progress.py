@@ -21,10 +21,10 @@ def test_without_a_terminal_each_log_is_a_plain_line(make_params: Callable[..., 
     out = io.StringIO()
     fit(make_params(sft__logging_steps=4), console=Console(file=out, width=100))
     lines = [line for line in out.getvalue().splitlines() if line.startswith("step ")]
-    assert [line.split(" · ")[0] for line in lines] == [f"step {step}/8" for step in (2, 4, 4, 6, 8, 8)]
-    assert "tokens/s" in lines[1]
-    assert "left" in lines[1]
-    assert "held-out loss" in lines[0]
+    assert [line.split(" · ")[0] for line in lines] == [f"step {step}/8" for step in (1, 2, 4, 4, 6, 8, 8)]
+    assert "tokens/s" in lines[2]
+    assert "left" in lines[2]
+    assert "held-out loss" in lines[1]
     assert "\x1b" not in out.getvalue()
 
 

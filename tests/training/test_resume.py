@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,25 @@ Make = Callable[..., TrainParams]
 QUIET = Console(quiet=True)
 
 WORKER = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from rich.console import Console
 from inft.training.run import fit
+from inft.training.runlog import JsonlLogger
 from params.resolve import load_params
+
+write, die_at, number = JsonlLogger.event, int(sys.argv[3]), int(sys.argv[4])
+
+def write_and_die(logger, event, **fields):
+    global die_at
+    write(logger, event, **fields)
+    if die_at and event == "log" and fields["step"] >= die_at:
+        die_at = 0
+        os.killpg(0, number)
+
+JsonlLogger.event = write_and_die
 print(fit(load_params(Path(sys.argv[1])), resume=sys.argv[2] or None, console=Console(quiet=True)).status)
 """
 
@@ -52,20 +63,13 @@ def figures(params: TrainParams, event: str) -> dict[int, set[tuple[Any, ...]]]:
     return found
 
 
-def start(params: TrainParams, file: Path, resume: str = "") -> "subprocess.Popen[str]":
+def start(
+    params: TrainParams, file: Path, resume: str = "", *, die_at: int = 0, of: signal.Signals = signal.SIGKILL
+) -> "subprocess.Popen[str]":
+    """A run in a process of its own, which sends itself a signal when it has logged a step."""
     file.write_text(dump_yaml(params))
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(file), resume], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def kill_after(process: "subprocess.Popen[str]", log: Path, step: int, how: signal.Signals = signal.SIGKILL) -> None:
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if log.exists() and any(e["event"] == "log" and e["step"] >= step for e in read_events(log)):
-            process.send_signal(how)
-            break
-        time.sleep(0.002)
+    command = [sys.executable, "-c", WORKER, str(file), resume, str(die_at), str(int(of))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_a_run_killed_twice_and_resumed_has_the_losses_of_an_uninterrupted_one_to_the_bit(
@@ -77,8 +81,7 @@ def test_a_run_killed_twice_and_resumed_has_the_losses_of_an_uninterrupted_one_t
 
     log = tmp_path / "broken" / "logs" / "trainer_text_basic.jsonl"
     for step in (18, 44):
-        process = start(broken, tmp_path / "broken.yaml", resume="latest" if step == 44 else "")
-        kill_after(process, log, step)
+        process = start(broken, tmp_path / "broken.yaml", "latest" if step == 44 else "", die_at=step)
         err = process.communicate()[1]
         assert process.returncode == -signal.SIGKILL, err
     process = start(broken, tmp_path / "broken.yaml", resume="latest")
@@ -97,18 +100,18 @@ def test_a_run_killed_twice_and_resumed_has_the_losses_of_an_uninterrupted_one_t
     )
 
 
-def test_sigterm_finishes_the_step_saves_and_the_resumed_run_has_the_same_losses(
-    tmp_path: Path, make_params: Make
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+def test_a_signal_to_the_process_group_finishes_the_step_and_the_resumed_run_has_the_same_losses(
+    tmp_path: Path, make_params: Make, number: signal.Signals, workers: int
 ) -> None:
-    long = {"sft__max_steps": 60, "sft__save_steps": 1000, "sft__eval_steps": 25, "sft__logging_steps": 4}
-    whole, broken = make_params(tmp_path / "whole", **long), make_params(tmp_path / "broken", **long)
+    long = {"sft__max_steps": 24, "sft__save_steps": 1000, "sft__eval_steps": 9, "sft__logging_steps": 4}
+    whole = make_params(tmp_path / "whole", **long)
+    broken = make_params(tmp_path / "broken", data__num_workers=workers, **long)
     fit(whole, console=QUIET)
-    process = start(broken, tmp_path / "broken.yaml")
-    kill_after(process, tmp_path / "broken" / "logs" / "trainer_text_basic.jsonl", 8, signal.SIGTERM)
-    out, err = process.communicate()
+    out, err = start(broken, tmp_path / "broken.yaml", die_at=8, of=number).communicate()
     assert out.strip() == "interrupted", err
     ((step, path),) = checkpoints(Path(broken.output_dir))
-    assert 8 <= step < 60
+    assert 8 <= step < 24
     assert damage(path) is None
     assert fit(broken, resume="latest", console=QUIET).status == "finished"
     assert figures(broken, "log") == figures(whole, "log")

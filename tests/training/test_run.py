@@ -1,16 +1,21 @@
 import io
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
+from inft.sample import Prompt, Sample
 from inft.training import run
-from inft.training.plan import count_steps
+from inft.training.plan import count_steps, log_file
+from inft.training.prepare import guard_batches
 from inft.training.resume import checkpoints
 from inft.training.run import fit
 from inft.training.runlog import COMMON, EVENTS, read_events
@@ -215,3 +220,75 @@ def test_several_processes_are_refused(make_params: Make, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
         fit(make_params(), console=QUIET)
+
+
+def test_a_full_gpu_is_an_error_that_says_what_takes_less(make_params: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("inft.training.run.run_guards", full)
+    params = make_params()
+    with pytest.raises(UserError, match=r"memory is full\. Lower sft\.per_device_train_batch_size .*2\.00 GiB"):
+        fit(params, console=Console(quiet=True))
+    last = list(read_events(log_file(params)))[-1]
+    assert (last["event"], last["kind"]) == ("error", "UserError")
+
+
+def test_the_guards_look_at_the_longest_rows_and_at_rows_with_and_without_an_image() -> None:
+    def row(text: str, image: object) -> Sample:
+        return Sample(image=image, prompt=Prompt(instruction="x", news=text), answer="y", language="en")  # type: ignore[arg-type]
+
+    rows = [row("a", None), row("b", None), row("c" * 99, None), row("d", "picture"), row("e", "picture")]
+    looked = [[rows.index(sample) for sample in batch] for batch, _ in guard_batches(rows, 1, lambda batch: None)]
+    assert looked == [[2], [0], [3]]
+
+
+@pytest.mark.parametrize("over_length", ["shorten", "error"])
+def test_a_row_that_can_never_fit_is_an_error_before_the_first_step(
+    make_params: Make, tmp_path: Path, over_length: str
+) -> None:
+    rows = [{"title": f"t{i}", "content": "abc", "caption": "x" * (400 if i == 7 else 5)} for i in range(20)]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    params = make_params(data__data=str(data), data__languages=("en",), sft__over_length=over_length)
+    with pytest.raises(UserError, match=r"1 row \(.*long\.jsonl line 8\) would have more than basic\.max_length=256"):
+        fit(params, console=QUIET)
+    assert not checkpoints(Path(params.output_dir))
+
+
+def test_sigterm_before_training_ends_like_ctrl_c_and_is_logged(
+    make_params: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inft.training.run.read_inputs", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    params = make_params()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        fit(params, console=QUIET)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [event["kind"] for event in read_events(log_file(params))] == ["KeyboardInterrupt"]
+
+
+def test_a_finished_run_whose_best_adapter_is_gone_does_not_claim_one(make_params: Make) -> None:
+    params = make_params()
+    best = fit(params, console=QUIET).best_dir
+    shutil.rmtree(best)
+    with pytest.raises(UserError, match=r"is no longer in .*best"):
+        fit(params, resume="latest", console=QUIET)
+
+
+def test_a_damaged_best_json_is_an_error_that_names_it(make_params: Make) -> None:
+    params = make_params()
+    best = fit(params, console=QUIET).best_dir
+    (best / "best.json").write_text("{")
+    with pytest.raises(UserError, match=r"best\.json is damaged"):
+        fit(params, resume="latest", console=QUIET)
+
+
+def test_a_best_directory_that_is_a_link_is_filled_where_it_points(make_params: Make, tmp_path: Path) -> None:
+    params = make_params()
+    (tmp_path / "large disk").mkdir()
+    Path(params.output_dir).mkdir()
+    Path(params.best_model_dir).symlink_to(tmp_path / "large disk")
+    fit(params, overwrite=True, console=QUIET)
+    assert Path(params.best_model_dir).is_symlink()
+    assert (tmp_path / "large disk" / "best.json").is_file()

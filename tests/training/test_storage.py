@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from inft.training import storage
-from inft.training.storage import remove_leftovers, staged
+from inft.training.storage import locked, remove_leftovers, staged
 from params import UserError
 
 
@@ -89,3 +89,17 @@ def test_leftovers_of_a_killed_run_are_removed_and_a_directory_on_its_way_out_co
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoint-2"]
     assert (tmp_path / "best" / "a").read_text() == ".inft-previous-best"
     assert (tmp_path / "checkpoint-2" / "a").read_text() == "checkpoint-2"
+
+
+def test_a_directory_can_be_held_once_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UserError, match="another process is training into"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_another_name_stay(tmp_path: Path) -> None:
+    for name in ("best", "other"):
+        (tmp_path / f".inft-staging-{name}").mkdir()
+    remove_leftovers(tmp_path, "best")
+    assert [path.name for path in tmp_path.iterdir()] == [".inft-staging-other"]
