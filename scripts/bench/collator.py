@@ -100,7 +100,7 @@ def main() -> None:
         repetitions=chosen.repetitions,
     )
     title = f"collator, {chosen.model}, batch of {chosen.batch} at {chosen.size}"
-    report(title, seconds, ours="one call", peer="two calls", limit=0.7, unit="ms a batch", out=chosen.out)
+    report(title, seconds, ours="one call", peer="two calls", limit=0.7, out=chosen.out, images=chosen.batch)
 
 
 if __name__ == "__main__":

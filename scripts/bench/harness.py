@@ -39,21 +39,31 @@ def interleave(
 
 
 def report(
-    title: str, seconds: Mapping[str, list[float]], *, ours: str, peer: str, limit: float, unit: str, out: Path | None
+    title: str,
+    seconds: Mapping[str, list[float]],
+    *,
+    ours: str,
+    peer: str,
+    limit: float,
+    out: Path | None,
+    unit: str = "ms",
+    images: int = 0,
 ) -> None:
     """Print medians and the ratio ours / peer beside its limit, and append each measurement to `out`.
 
-    limit is the largest acceptable ratio of the two medians (times, so smaller is better).
+    limit is the largest acceptable ratio of the two medians (times, so smaller is better). With `images` a call, their
+    rate is shown too.
     """
     ratio = statistics.median(seconds[ours]) / statistics.median(seconds[peer])
     table = Table(title=title)
-    for heading in ("variant", f"median {unit}", "ratio to the peer", "limit"):
+    for heading in ("variant", f"median {unit}", *(("images/s",) if images else ()), "ratio to the peer", "limit"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for name, values in seconds.items():
         mine = name == ours
         table.add_row(
             name + (" (peer)" if name == peer else ""),
             f"{statistics.median(values) * 1e3:.1f}",
+            *((f"{images / statistics.median(values):.0f}",) if images else ()),
             f"{statistics.median(values) / statistics.median(seconds[peer]):.3f}",
             f"{limit:.2f}" if mine else "",
         )

@@ -28,7 +28,7 @@ def main() -> None:
         {name: lambda command=command: run(command) for name, command in commands.items()},
         repetitions=options.repetitions,
     )
-    report("start-up", seconds, ours="inft --help", peer="trl sft --help", limit=0.1, unit="ms", out=options.out)
+    report("start-up", seconds, ours="inft --help", peer="trl sft --help", limit=0.1, out=options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training step: forward and backward of inft's trainer against plain TRL's SFTTrainer, same model and batch.
 
-    python scripts/bench/step.py [--model llama32|aya|text] [--rows 16]
+    python scripts/bench/step.py [--model llama32|aya|text] [--rows 16] [--checkpointing]
 
 The peer is SFTTrainer as it comes, given the same adapters and the same collated batch. Loss and every gradient must
 agree before the two are timed.
@@ -73,6 +73,8 @@ class Fixture:
                 train_dataset=Dataset.from_dict({"row": [0]}),
                 processing_class=processor,
             )
+            if params.sft.gradient_checkpointing:  # as its train() does before the first step
+                self.trainer.model.activation_checkpointing_enable()
         self.batch = collator(samples)
         self.supervised = (self.batch["labels"] != -100).sum()  # what the training loop counts before a step
         self.trainer.model.train()
@@ -105,13 +107,18 @@ def main() -> None:
     options = parser(__doc__, repetitions=21)
     options.add_argument("--model", default="llama32", choices=["llama32", "aya", "text"])
     options.add_argument("--rows", type=int, default=16, help="rows of the batch")
+    options.add_argument("--checkpointing", action="store_true", help="recompute activations, as released models do")
     chosen = options.parse_args()
     torch.set_num_threads(1)
     params = resolve_train(
         chosen.model,
         training_mode="advanced",
         demo=True,
-        overrides=("lora.dropout=0", "data.max_rows_per_lang=32", "data.num_workers=0"),
+        overrides=(
+            "lora.dropout=0",
+            "data.max_rows_per_lang=32",
+            f"sft.gradient_checkpointing={chosen.checkpointing}",
+        ),
     )
     spec = load_spec(chosen.model)
     samples = load_samples(params.data, quarantine_file=None, with_images=spec.takes_images).train[: chosen.rows]
@@ -120,8 +127,9 @@ def main() -> None:
         peer = Fixture(params, samples, Path(directory), ours=False)
         check_equal(ours, peer)
         seconds = interleave({"inft": ours.step, "TRL": peer.step}, repetitions=chosen.repetitions)
-    title = f"training step, {chosen.model}, {chosen.rows} rows"
-    report(title, seconds, ours="inft", peer="TRL", limit=1.03, unit="ms", out=chosen.out)
+    checkpointing = ", activations recomputed" * chosen.checkpointing
+    title = f"training step, {chosen.model}, {chosen.rows} rows{checkpointing}"
+    report(title, seconds, ours="inft", peer="TRL", limit=1.03, out=chosen.out)
 
 
 if __name__ == "__main__":
