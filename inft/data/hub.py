@@ -184,14 +184,14 @@ def _refused(dataset_id: str, reason: str) -> UserError:
     return UserError(
         f"the hub does not give out {dataset_id}: {reason.rstrip('.')}. If it is gated, ask for access on {page} "
         "and log in with `hf auth login` (formerly `huggingface-cli login`). Or give local copies with --data PATH "
-        "and --model PATH, or run --demo, which needs no hub."
+        "and --model PATH, or run --demo with --data sample, which need no hub."
     )
 
 
 def _out_of_reach(dataset_id: str, reason: str) -> UserError:
     return UserError(
         f"the hub cannot be reached for {dataset_id} ({reason}) and it is not in the local cache. "
-        "Give local copies with --data PATH and --model PATH, or run --demo, which needs no hub."
+        "Give local copies with --data PATH and --model PATH, or run --demo with --data sample, which need no hub."
     )
 
 

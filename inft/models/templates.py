@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from params.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,14 +64,19 @@ def conversation(prompt: str, answer: str | None, *, image: Any = None, parts: b
 
 
 def render(processor: Processor, template: str, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-    """Return the text of a conversation under a template."""
-    text: str = processor.apply_chat_template(
-        list(messages),
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
-        **template_variables(template),
-    )
+    """Return the text of a conversation under a template; UserError for a template that refuses it or is no Jinja."""
+    try:
+        text: str = processor.apply_chat_template(
+            list(messages),
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **template_variables(template),
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template of the tokenizer does not render ({error}). Mend chat_template.jinja beside it."
+        ) from error
     return text
 
 

@@ -156,7 +156,11 @@ def refuse_foreign_output(params: TrainParams, *, resume: bool, overwrite: bool)
     """UserError when the run would write over another run, or over files that no run wrote; deletes nothing."""
     output_dir, best_dir = Path(params.output_dir), Path(params.best_model_dir)
     for path in (output_dir, best_dir):
-        if path.exists() and not path.is_dir():
+        try:
+            taken = path.exists() and not path.is_dir()
+        except OSError as error:  # a name that is too long
+            raise UserError(f"{path} cannot be used: {error.strerror}. Choose another --output-dir.") from error
+        if taken:
             raise UserError(f"{path} is a file; a directory is needed there. Choose another --output-dir.")
     if best_dir.exists() and any(best_dir.iterdir()) and not (best_dir / BEST_FILE).exists():
         raise UserError(

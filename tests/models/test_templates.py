@@ -140,3 +140,8 @@ def test_no_control_token_survives(text):
 
 def test_other_text_stays_as_it_is():
     assert neutralise("no token {here} <c>", CONTROL) == "no token {here} <c>"
+
+
+def test_a_template_that_is_no_jinja_is_an_error_that_names_the_file(text) -> None:
+    with pytest.raises(UserError, match=r"does not render .*chat_template\.jinja"):
+        render(text.processor, "{% if %}", conversation("a", "b", image=None, parts=False), generation_prompt=False)

@@ -313,3 +313,8 @@ def test_without_resume_or_overwrite_a_finished_run_stays(make_params: Make) -> 
         fit(params, console=QUIET)
     shutil.rmtree(params.output_dir)
     fit(params, console=QUIET)
+
+
+def test_a_directory_name_that_is_too_long_is_an_error(make_params: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be used: File name too long"):
+        fit(make_params(output_dir=str(tmp_path / ("x" * 300))), console=QUIET)
