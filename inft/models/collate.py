@@ -128,6 +128,15 @@ class CaptionCollator:
             ]
         return found
 
+    def template_bytes(self) -> int:
+        """Return how many bytes the template adds to a row's own texts, with the tokens that the processor adds.
+
+        A token has at least one byte, so that a row's own bytes, these and its image tokens bound its length.
+        """
+        row = Sample(image=None, prompt=Prompt(instruction=PROBE_PROMPT), answer=PROBE_ANSWERS[0], language="")
+        own = len((row.prompt.text + row.answer).encode())
+        return len(self._text(row, None).encode()) - own + max(self._added_tokens, 0)
+
     def _probe(self) -> tuple[int, int]:
         """The token that ends an answer, and how many tokens the processor adds to a text of its own accord.
 

@@ -222,7 +222,10 @@ def _cap_tiles(spec: ModelSpec, processor: Any, tiles: int) -> None:
     if most is None:
         raise UserError(f"basic.max_image_tiles does not apply to {spec.title}: leave it unset.")
     if not 1 <= tiles <= most:
-        raise UserError(f"basic.max_image_tiles={tiles} must be 1 to {most}, what the processor of {spec.title} cuts.")
+        raise UserError(
+            f"basic.max_image_tiles={tiles} must be 1 to {most}, what the processor of {spec.title} cuts: "
+            f"--set basic.max_image_tiles={most} or less."
+        )
     processor.image_processor.max_patches = tiles
 
 

@@ -31,7 +31,7 @@ class TrainerLoggingCallback(TrainerCallback):
         self._window = (self._mark, 0) if state.global_step == 0 else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note when the step ended, since what follows is not training; the last step is always logged."""
+        """Note when the step ended, since what follows is not training; step max_steps is always logged."""
         self._mark = time.perf_counter()
         if state.global_step >= state.max_steps:
             control.should_log = True

@@ -31,15 +31,15 @@ from inft.training.resume import (
     QUARANTINE_FILE,
     find_checkpoint,
     is_run_directory,
+    read_state,
     refuse_changed_parameters,
     refuse_foreign_output,
+    refuse_missing_best,
     refuse_other_rows,
 )
 from inft.training.storage import locked, remove_leftovers
 from params import TrainParams, UserError
 from params.resolve import load_params
-
-TEMPLATE_TOKENS = 128  # more than any family's chat template adds to a row's own texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def starting_point(
         _tell_foreign_output(params, resume=resume is not None, overwrite=overwrite, console=console)
     else:
         refuse_foreign_output(params, resume=resume is not None, overwrite=overwrite)
-        best_dir = Path(params.best_model_dir)
+        best_dir = Path(params.best_model_dir).resolve()  # it may be a link to a larger disk
         for directory in (output_dir, best_dir.parent):
             _make_writable(directory)
         held.enter_context(locked(output_dir))
@@ -86,6 +86,8 @@ def starting_point(
             "Start another run with another --output-dir."
         )
     checkpoint, warnings = find_checkpoint(output_dir, resume)
+    if checkpoint and not dry_run:
+        refuse_missing_best(params, read_state(checkpoint)["best"]["step"])
     for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     where = f"from {checkpoint}" if checkpoint else "from the beginning: no checkpoint had been finished"
@@ -194,7 +196,7 @@ def without_long_rows(
 
     def too_long(samples: Sequence[Sample]) -> set[int]:
         kept = [replace(sample, prompt=sample.prompt.with_news("")) if shortens else sample for sample in samples]
-        room = params.basic.max_length - TEMPLATE_TOKENS - spec.most_image_tokens(processor)
+        room = params.basic.max_length - collator.template_bytes() - spec.most_image_tokens(processor)
         # A token has a byte at least: most rows need no tokenizer, and no image, to be known to fit.
         doubtful = [i for i, s in enumerate(kept) if len((s.prompt.text + s.answer).encode()) > room]
         lengths = collator.lengths([kept[i] for i in doubtful])

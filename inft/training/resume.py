@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from inft.training.storage import BEST_FILE, PREVIOUS, STAGING, file_sha256
+from inft.training.storage import BEST_FILE, PREVIOUS, STAGING, file_sha256, remove
 from params import TrainParams, UserError
 
 MANIFEST = "inft_checkpoint.json"
@@ -147,6 +147,16 @@ def refuse_other_rows(checkpoint: Path, fingerprint: str) -> None:
         )
 
 
+def refuse_missing_best(params: TrainParams, step: int | None) -> None:
+    """UserError when the adapter that an evaluation chose, of ``step``, is no longer where it was stored."""
+    best_dir = Path(params.best_model_dir)
+    if step is not None and params.sft.load_best_model_at_end and not (best_dir / BEST_FILE).exists():
+        raise UserError(
+            f"the run's best adapter so far, of step {step}, is no longer in {best_dir}. Put it back there, or start "
+            "again with --overwrite."
+        )
+
+
 def is_run_directory(output_dir: Path) -> bool:
     """Whether a run has written to ``output_dir``."""
     return (output_dir / PARAMS_FILE).exists() or bool(checkpoints(output_dir))
@@ -192,12 +202,12 @@ def delete_run(params: TrainParams) -> None:
     """
     output_dir, best_dir = Path(params.output_dir), Path(params.best_model_dir)
     if (best_dir / BEST_FILE).exists():
-        shutil.rmtree(best_dir)
+        shutil.rmtree(best_dir.resolve())  # a link stays, and its target is filled again
     if not output_dir.is_dir():
         return
     for path in output_dir.iterdir():
         if OURS.fullmatch(path.name) and path.name != QUARANTINE_FILE:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
 
 
 def _foreign_files(output_dir: Path, best_dir: Path) -> list[str]:

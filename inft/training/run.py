@@ -36,11 +36,11 @@ from inft.training.prepare import (
 )
 from inft.training.progress import ProgressReport
 from inft.training.quantise import after_quantised_load, quantization_config
-from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE, delete_run
+from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE, delete_run, refuse_missing_best
 from inft.training.rows import RowCollator
 from inft.training.runlog import JsonlLogger
 from inft.training.sft import sft_config
-from inft.training.storage import BEST_FILE, write_text
+from inft.training.storage import write_text
 from inft.training.trainer import CaptionTrainer
 from params import SFTParams, TrainParams, UserError
 from params.presets import lora_targets
@@ -223,19 +223,9 @@ def _finish(
     elif interrupted and trainer.state.global_step < trainer.state.max_steps:
         status = "interrupted"
     if status != "interrupted":
-        _refuse_missing_best(params, trainer)
+        refuse_missing_best(params, trainer.best.so_far.step)
         keeper.finish(trainer.state.global_step, evaluated=trainer.best.so_far.step is not None)
     return _result(params, trainer, train_loss, status=status)
-
-
-def _refuse_missing_best(params: TrainParams, trainer: CaptionTrainer) -> None:
-    """UserError when the adapter that an evaluation chose is no longer where it was stored."""
-    step, best_dir = trainer.best.so_far.step, Path(params.best_model_dir)
-    if step is not None and params.sft.load_best_model_at_end and not (best_dir / BEST_FILE).exists():
-        raise UserError(
-            f"the run is finished, but its best adapter, of step {step}, is no longer in {best_dir}. Checkpoints in "
-            f"{params.output_dir} hold the adapters of their own steps; or train again with --overwrite."
-        )
 
 
 def _result(params: TrainParams, trainer: CaptionTrainer, train_loss: float | None, *, status: Status) -> RunResult:

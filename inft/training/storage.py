@@ -39,7 +39,13 @@ def locked(directory: Path) -> Iterator[None]:
             raise UserError(
                 f"another process is training into {directory}. Wait for it, stop it, or choose another --output-dir."
             ) from error
-        yield
+        held = True
+        # Workers inherit the handle and outlive a killed run by seconds: they must not hold the directory on.
+        os.register_at_fork(after_in_child=lambda: os.close(handle) if held else None)
+        try:
+            yield
+        finally:
+            held = False
 
 
 @contextmanager
@@ -96,7 +102,12 @@ def remove_leftovers(directory: Path, name: str = "*") -> None:
         else:
             path.rename(final)
     for path in directory.glob(f"{STAGING}{name}"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory with what is in it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

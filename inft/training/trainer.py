@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from inft.training.callbacks import BestCallback
 from inft.training.head import add_compact_head
 from inft.training.resume import STATE_FILE, checkpoints, read_state, write_manifest
 from inft.training.rows import ROWS, RowCollator
-from inft.training.storage import staged
+from inft.training.storage import remove, staged
 from params import UserError
 
 
@@ -171,7 +170,7 @@ class CaptionTrainer(SFTTrainer):
             write_manifest(staging, step=step)
         self._staging = None
         for _, old in checkpoints(run_dir)[self.keep_checkpoints :]:
-            shutil.rmtree(old)
+            remove(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone: the processor is in best/, and the arguments (a pickle) are in params.yaml."""

@@ -272,7 +272,7 @@ def test_a_finished_run_whose_best_adapter_is_gone_does_not_claim_one(make_param
     params = make_params()
     best = fit(params, console=QUIET).best_dir
     shutil.rmtree(best)
-    with pytest.raises(UserError, match=r"is no longer in .*best"):
+    with pytest.raises(UserError, match=r"of step \d+, is no longer in .*best"):
         fit(params, resume="latest", console=QUIET)
 
 
@@ -290,5 +290,34 @@ def test_a_best_directory_that_is_a_link_is_filled_where_it_points(make_params: 
     Path(params.output_dir).mkdir()
     Path(params.best_model_dir).symlink_to(tmp_path / "large disk")
     fit(params, overwrite=True, console=QUIET)
+    fit(params, overwrite=True, console=QUIET)
     assert Path(params.best_model_dir).is_symlink()
     assert (tmp_path / "large disk" / "best.json").is_file()
+    assert not list(tmp_path.glob(".inft*"))
+
+
+@pytest.mark.parametrize("over_length", ["shorten", "drop"])
+def test_rows_that_are_too_long_under_a_long_template_are_found_before_the_first_step(
+    make_params: Make, tmp_path: Path, tiny_text_dir: Path, over_length: str
+) -> None:
+    model = tmp_path / "wordy"
+    shutil.copytree(tiny_text_dir, model)
+    wordy = "You are careful. " * 12  # 204 tokens of a byte tokenizer
+    file = next(file for file in (model / "chat_template.jinja",) if file.is_file())
+    file.write_text(wordy + file.read_text())
+    rows = [{"title": f"t{i}", "content": "abc", "caption": "x" * (180 if i == 7 else 5)} for i in range(20)]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    params = make_params(
+        model_name=str(model),
+        processor_name=str(model),
+        data__data=str(data),
+        data__languages=("en",),
+        basic__max_length=400,
+        sft__over_length=over_length,
+    )
+    if over_length == "shorten":
+        with pytest.raises(UserError, match=r"1 row \(.*line 8\) would have more than basic\.max_length=400"):
+            fit(params, console=QUIET)
+    else:
+        assert fit(params, console=QUIET).status == "finished"

@@ -1,6 +1,9 @@
 import errno
 import os
 import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +106,35 @@ def test_leftovers_of_another_name_stay(tmp_path: Path) -> None:
         (tmp_path / f".inft-staging-{name}").mkdir()
     remove_leftovers(tmp_path, "best")
     assert [path.name for path in tmp_path.iterdir()] == [".inft-staging-other"]
+
+
+DIES_WITH_A_CHILD = """
+import os, sys, time
+from pathlib import Path
+from inft.training.storage import locked
+
+with locked(Path(sys.argv[1])):
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(told, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    print(child, flush=True)
+    os._exit(1)
+"""
+
+
+def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_directory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DIES_WITH_A_CHILD, str(tmp_path)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    child = int(run.stdout.readline())
+    run.wait()
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        run.stdout.close()
