@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 TELEMETRY_SWITCHES = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
@@ -22,7 +21,6 @@ def main(args: Sequence[str] | None = None) -> None:
 def quiet_libraries() -> None:
     """Keep what libraries say to their developers off a user's terminal; errors and warnings of ours stay."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing optional kernel, at every import
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b")
     if not sys.stderr.isatty():  # bars drawn over each other in a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from inft.models.collate import where
 from inft.models.spec import ModelSpec
 from inft.sample import Sample
 from params.errors import UserError
@@ -81,7 +82,7 @@ def supervised_tokens(batches: Sequence[Looked]) -> GuardResult:
         counts_B = (batch["labels"][:, 1:] != -100).sum(1)
         supervised += int(counts_B.sum())
         total += int(batch["attention_mask"].sum())
-        empty += [_where(samples, row) for row in (counts_B == 0).nonzero()[:, 0].tolist()]
+        empty += [where(samples[row]) for row in (counts_B == 0).nonzero()[:, 0].tolist()]
     detail = f"{supervised:,} of {total:,} tokens are supervised"
     if empty:
         detail += f", but none in {', '.join(empty)}: give the row an answer, or drop it"
@@ -109,7 +110,7 @@ def image_tokens_match_features(spec: ModelSpec, processor: Any, batches: Sequen
     wrong = [index for index, (tokens, features) in enumerate(counts) if tokens != features]
     detail = f"{sum(tokens for tokens, _ in counts):,} image tokens, {sum(f for _, f in counts):,} image features."
     if wrong:
-        rows = [_where(batches[index][0], row) for index in wrong for row in range(len(batches[index][0]))]
+        rows = [where(sample) for index in wrong for sample in batches[index][0]]
         detail += f" They differ in the batch of {', '.join(rows[:8])}: does the processor belong to this model?"
     return GuardResult(name="image tokens match features", ok=not wrong, detail=detail)
 
@@ -169,11 +170,6 @@ def _left_untouched(model: torch.nn.Module) -> Iterator[None]:
             model.zero_grad(set_to_none=True)
             for module, training in modes:
                 module.training = training
-
-
-def _where(samples: Sequence[Sample], row: int) -> str:
-    meta = samples[row].meta
-    return str(meta.get("where") or meta.get("title") or f"row {row}")
 
 
 def _some(names: Sequence[str]) -> str:

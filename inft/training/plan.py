@@ -1,5 +1,6 @@
 """What a run is going to do, in figures: rows, adapters, tokens, steps and where things will be written."""
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -70,9 +71,9 @@ def count_steps(params: TrainParams, rows: int) -> Steps:
     )
 
 
-def longest_first(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples by the length of their texts, which takes no tokenizer."""
-    return sorted(samples, key=lambda sample: len(sample.prompt.text) + len(sample.answer), reverse=True)
+def longest(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The samples with the longest texts, the longest first; it takes no tokenizer."""
+    return heapq.nlargest(count, samples, key=lambda sample: len(sample.prompt.text) + len(sample.answer))
 
 
 def count_tokens(samples: Sequence[Sample], collator: Any) -> TokenFigures:
@@ -83,11 +84,11 @@ def count_tokens(samples: Sequence[Sample], collator: Any) -> TokenFigures:
         batch = collator([sample])
         lengths.append(int(batch["attention_mask"].sum()))
         supervised += int((batch["labels"] != -100).sum())
-    longest = [int(collator([sample])["attention_mask"].sum()) for sample in longest_first(samples)[:LONGEST_ROWS]]
+    extremes = [int(collator([sample])["attention_mask"].sum()) for sample in longest(samples, LONGEST_ROWS)]
     return TokenFigures(
         rows=len(lengths),
         mean=sum(lengths) / len(lengths),
-        longest=max(lengths + longest),
+        longest=max(lengths + extremes),
         supervised_share=supervised / sum(lengths),
     )
 

@@ -25,7 +25,7 @@ from inft.models.loading import load_processor
 from inft.models.spec import ModelSpec
 from inft.sample import Sample
 from inft.training.hardware import hardware, hardware_line
-from inft.training.plan import longest_first
+from inft.training.plan import longest
 from inft.training.resume import (
     PARAMS_FILE,
     QUARANTINE_FILE,
@@ -90,8 +90,8 @@ def starting_point(
         refuse_missing_best(params, read_state(checkpoint)["best"]["step"])
     for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    where = f"from {checkpoint}" if checkpoint else "from the beginning: no checkpoint had been finished"
-    console.print(f"resuming {where}", highlight=False, markup=False)
+    start = f"from {checkpoint}" if checkpoint else "from the beginning: no checkpoint had been finished"
+    console.print(f"resuming {start}", highlight=False, markup=False)
     return checkpoint
 
 
@@ -168,7 +168,7 @@ def read_inputs(params: TrainParams, checkpoint: Path | None, *, dry_run: bool, 
 
 
 def read_rows(params: TrainParams, spec: ModelSpec, quarantine: Path | None, console: Console) -> Loaded:
-    """The rows to train on and those held out; bad ones are counted on the console and listed in ``quarantine``."""
+    """The rows to train on and those held out; bad ones are counted on the console, with where they will be listed."""
     with console.status("reading rows") as status:
         loaded = load_samples(
             params.data,
@@ -178,8 +178,8 @@ def read_rows(params: TrainParams, spec: ModelSpec, quarantine: Path | None, con
         )
     if loaded.quarantined:
         count = f"{loaded.quarantined:,} bad row{'s' if loaded.quarantined > 1 else ''} left out"
-        where = f", to be listed with their reasons in {quarantine}" if quarantine else ""
-        text = f"{count}{where}:\n{loaded.quarantine_reasons}"
+        place = f", to be listed with their reasons in {quarantine}" if quarantine else ""
+        text = f"{count}{place}:\n{loaded.quarantine_reasons}"
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     return loaded
 
@@ -193,10 +193,10 @@ def without_long_rows(
     over_length="error": a run must not meet them in the middle of an epoch.
     """
     shortens = params.sft.over_length == "shorten"
+    room = params.basic.max_length - collator.template_bytes() - spec.most_image_tokens(processor)
 
     def too_long(samples: Sequence[Sample]) -> set[int]:
         kept = [replace(sample, prompt=sample.prompt.with_news("")) if shortens else sample for sample in samples]
-        room = params.basic.max_length - collator.template_bytes() - spec.most_image_tokens(processor)
         # A token has a byte at least: most rows need no tokenizer, and no image, to be known to fit.
         doubtful = [i for i, s in enumerate(kept) if len((s.prompt.text + s.answer).encode()) > room]
         lengths = collator.lengths([kept[i] for i in doubtful])
@@ -235,7 +235,7 @@ def _too_long(rows: Sequence[Sample], params: TrainParams) -> UserError:
 def guard_batches(samples: Sequence[Sample], size: int, collator: Any) -> list[tuple[list[Sample], Any]]:
     """The longest rows, collated, so that memory runs out now or not at all, then the first rows, and the first with
     or without an image if those have none such."""
-    batches = [longest_first(samples)[:size], list(samples[:size])]
+    batches = [longest(samples, size), list(samples[:size])]
     for has_image in (True, False):
         if not any((sample.image is not None) == has_image for batch in batches for sample in batch):
             others = [sample for sample in samples if (sample.image is not None) == has_image][:size]
