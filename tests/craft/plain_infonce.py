@@ -1,0 +1,43 @@
+"""InfoNCE as its equation reads, in loops over Python numbers of torch float64: what the fast one is compared with."""
+
+import torch
+from torch import Tensor
+
+
+def info_nce_by_loops(
+    anchors: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float | Tensor,
+    offset: int = 0,
+    excluded: Tensor | None = None,
+    queue: Tensor | None = None,
+    excluded_queue: Tensor | None = None,
+    negatives: Tensor | None = None,
+    excluded_negatives: Tensor | None = None,
+    all_anchors: Tensor | None = None,
+) -> Tensor:
+    """The loss of each anchor; the positive of anchor i is column offset + i."""
+    losses = []
+    for i in range(len(anchors)):
+        own = offset + i
+        exponentials = [torch.exp(anchors[i] @ positives[own] / temperature)]
+        for columns, mask, skipped in (
+            (positives, excluded, own),
+            (queue, excluded_queue, None),
+            (negatives, excluded_negatives, None),
+        ):
+            for j in range(0 if columns is None else len(columns)):
+                if j != skipped and (mask is None or not mask[i, j]):
+                    exponentials.append(torch.exp(anchors[i] @ columns[j] / temperature))
+        loss = torch.log(torch.stack(exponentials).sum()) - anchors[i] @ positives[own] / temperature
+        if all_anchors is not None:
+            exponentials = [
+                torch.exp(positives[own] @ all_anchors[j] / temperature)
+                for j in range(len(all_anchors))
+                if j == own or excluded is None or not excluded[i, j]
+            ]
+            back = torch.log(torch.stack(exponentials).sum()) - positives[own] @ all_anchors[own] / temperature
+            loss = (loss + back) / 2
+        losses.append(loss)
+    return torch.stack(losses)
