@@ -1,4 +1,4 @@
-"""The one type that data sources yield and model families take: Sample, with its Prompt and ImageRef."""
+"""What data sources yield and model families take: Sample, with its Prompt and ImageRef, and Pair, two of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -41,4 +41,14 @@ class Sample:
     prompt: Prompt
     answer: str
     language: str  # code, such as "si"
-    meta: Mapping[str, Any] = field(default_factory=dict)  # title, source, row: to name it in messages, to split by
+    # title, where, source, picture (equal for equal pictures): to name it in messages, to split by, to tell rows apart
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two rows whose answers say the same: the positive is to be found among other rows' for the anchor."""
+
+    anchor: Sample
+    positive: Sample
+    id: int  # above 0 and below 2**63; pairs of one id are no negatives of each other

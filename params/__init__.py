@@ -1,6 +1,7 @@
 """What can be turned: dataclasses of the standard library, their presets and how they are resolved."""
 
 from params.basic import BasicParams
+from params.craft import CraftParams
 from params.errors import UserError
 from params.lora import LoRAParams, QLoRAParams
 from params.munichus import MUNIChusLoadConfig
@@ -9,6 +10,7 @@ from params.train import TrainParams
 
 __all__ = [
     "BasicParams",
+    "CraftParams",
     "LoRAParams",
     "MUNIChusLoadConfig",
     "QLoRAParams",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from params.basic import BasicParams
 from params.bounds import Bounds
+from params.craft import CraftParams
 from params.lora import LoRAParams, QLoRAParams
 from params.munichus import MUNIChusLoadConfig
 from params.sft import SFTParams
@@ -21,6 +22,7 @@ SECTIONS: Mapping[str, type] = {
     "qlora": QLoRAParams,
     "lora": LoRAParams,
     "sft": SFTParams,
+    "craft": CraftParams,
 }
 
 

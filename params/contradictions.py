@@ -1,10 +1,14 @@
 """Parameters that are each right but cannot hold together, or that a run would ignore."""
 
 import difflib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from params.check import SECTIONS
+from params.craft import CRAFT_PRESETS, CraftParams
 from params.train import TrainParams
 
 # Fields for evaluation, which `inft train` does not read.
@@ -17,10 +21,29 @@ FOR_EVALUATION = (
     "data.cjk_tokens",
 )
 
+# Fields of CRAFT that only the mixing of two data sets reads: self-alignment takes both losses from one batch.
+FOR_PAIRS = (
+    "beta",
+    "beta_mode",
+    "length_strategy",
+    "contrastive_batch_size",
+    "use_gradcache",
+    "gradcache_chunk_size",
+)
+# Fields of CRAFT that are read under some values of another field only.
+CRAFT_DEPENDS: Mapping[str, tuple[str, Sequence[Any]]] = {
+    "negative_queue_size": ("negative_strategy", ["queue"]),
+    "gradcache_chunk_size": ("use_gradcache", [True]),
+    "gradnorm_alpha": ("gradient_balancing", ["gradnorm"]),
+    "loss_scale_momentum": ("gradient_balancing", ["loss_scale"]),
+    "balancing_max_ratio": ("gradient_balancing", ["loss_scale", "gradnorm"]),
+    "gradient_clip_value": ("gradient_clip_per_task", [True]),
+}
+
 
 def contradictions(params: TrainParams) -> list[str]:
     """One message per contradiction, each with its remedy; empty when the parameters agree."""
-    return [*_data(params), *_model(params), *_unread(params)]
+    return [*_data(params), *_model(params), *_craft(params), *_unread(params)]
 
 
 def _data(params: TrainParams) -> list[str]:
@@ -68,6 +91,88 @@ def _model(params: TrainParams) -> list[str]:
             f"--task {params.task!r} names the log file: letters, digits, dots, dashes and underscores only."
         )
     return problems
+
+
+def _craft(params: TrainParams) -> list[str]:
+    craft, problems = params.craft, []
+    chosen = _chosen(craft)
+    if not craft.enabled:
+        if chosen:
+            verb = "has" if len(chosen) == 1 else "have"
+            problems.append(f"{_named(chosen)} {verb} no effect without CRAFT: add --craft, or leave out what sets it.")
+        return problems
+    if craft.alpha == 1:
+        problems.append(
+            "craft.alpha=1 gives the contrastive loss no weight: set a smaller one, such as 0.6, or turn CRAFT off "
+            "with --no-craft."
+        )
+    for_pairs = [name for name in FOR_PAIRS if name in chosen]
+    if for_pairs and not craft.pairs:
+        verb = "is" if len(for_pairs) == 1 else "are"
+        problems.append(
+            f"{_named(for_pairs)} {verb} read with pairs only, and without them each row is contrasted with its own "
+            "answer: add --craft-pairs translations (or a file of pairs), or leave out what sets it."
+        )
+    for name, (field, values) in CRAFT_DEPENDS.items():
+        told_already = name in for_pairs and not craft.pairs
+        if name in chosen and not told_already and getattr(craft, field) not in values:
+            needed = " or ".join(str(value).lower() if isinstance(value, bool) else value for value in values)
+            problems.append(f"craft.{name} has no effect without craft.{field}={needed}: set that, or leave it out.")
+    if craft.learnable_temperature and not 0.01 <= craft.temperature <= 1:
+        problems.append(
+            f"craft.temperature={craft.temperature:g} lies outside 0.01 to 1, where craft.learnable_temperature=true "
+            "keeps it: set one inside, or keep it fixed with --set craft.learnable_temperature=false."
+        )
+    found = craft.beta_mode == "auto" or craft.length_strategy == "auto_beta"  # then the batches make beta
+    if craft.pairs and "beta" in chosen and found:
+        field = "beta_mode=fixed" if craft.beta_mode == "auto" else "length_strategy=oversample"
+        problems.append(
+            f"craft.beta has no effect, since craft.beta_mode={craft.beta_mode} and craft.length_strategy="
+            f"{craft.length_strategy} find it from the batches: set craft.{field} too, or leave it out."
+        )
+    elif craft.pairs and craft.beta in (0, 1) and not found:
+        problems.append(
+            f"craft.beta={craft.beta:g} leaves no micro-batch for "
+            f"{'fine-tuning' if craft.beta == 0 else 'the pairs'}: set a share between 0 and 1, or turn CRAFT off with "
+            "--no-craft."
+        )
+    return [*problems, *_no_negatives(params)]
+
+
+def _chosen(craft: CraftParams) -> list[str]:
+    """The fields of CRAFT with a value that is neither the default nor that of the chosen preset."""
+    default = asdict(CraftParams())
+    of_preset: Mapping[str, Any] = CRAFT_PRESETS.get(craft.preset or "", {})
+    return [
+        name
+        for name, value in asdict(craft).items()
+        if name != "enabled" and value not in (default[name], of_preset.get(name, default[name]))
+    ]
+
+
+def _no_negatives(params: TrainParams) -> list[str]:
+    """What is wrong when no anchor has another row to be told apart from; rows of other processes are such."""
+    craft, rows = params.craft, params.sft.per_device_train_batch_size
+    if craft.negative_strategy == "none":
+        return [
+            "craft.negative_strategy=none leaves CRAFT nothing to contrast with: rows here have no negatives of their "
+            "own. Set in_batch or queue, or turn CRAFT off with --no-craft."
+        ]
+    field = "sft.per_device_train_batch_size"
+    if craft.pairs and craft.contrastive_batch_size is not None:
+        rows, field = craft.contrastive_batch_size, "craft.contrastive_batch_size"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
+    if rows * processes > 1 or craft.negative_strategy == "queue":
+        return []
+    lower = " (with fewer sft.gradient_accumulation_steps a step has as many rows as before)" * (not craft.pairs)
+    return [
+        f"CRAFT has no negatives: with {field}=1 each row stands alone in its batch. Raise it{lower}, take negatives "
+        "from earlier batches with --set craft.negative_strategy=queue, or turn CRAFT off with --no-craft."
+    ]
+
+
+def _named(fields: list[str]) -> str:
+    return ", ".join(f"craft.{name}" for name in fields)
 
 
 def _unread(params: TrainParams) -> list[str]:

@@ -1,7 +1,7 @@
 """From a command line to checked parameters, and from checked parameters to a file and back.
 
-Later layers win: defaults, the preset of (model, mode), the YAML file, ``--set``, the other flags. Everything that is
-wrong in any of them is reported at once.
+Later layers win: defaults, the preset of (model, mode), the chosen CRAFT preset, the YAML file, ``--set``, the other
+flags. Everything that is wrong in any of them is reported at once.
 """
 
 import difflib
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from params.basic import BasicParams
 from params.check import SECTIONS, checked, is_mapping
 from params.contradictions import contradictions
+from params.craft import CRAFT_PRESETS, CraftParams
 from params.errors import UserError
 from params.presets import MODEL_FIELDS, MODEL_NAMES, OUTPUT_FIELDS, TRAINING_MODES, preset
 from params.sft import SFTParams
@@ -36,6 +37,9 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "max_steps": ("sft.max_steps",),
     "quantize": ("qlora.load_in_4bit",),
     "seed": ("basic.seed", "data.seed"),
+    "craft": ("craft.enabled",),
+    "craft_preset": ("craft.preset",),
+    "craft_pairs": ("craft.pairs",),
 }
 
 
@@ -79,11 +83,13 @@ def resolve_train(
     """
     file, problems = read_yaml(config_file) if config_file else ({}, [])
     told_layers = [file, *_set_layers(overrides, problems), _flag_layer(flags or {}, problems)]
+    told_layers[-1] |= _craft_switched_off(told_layers[1:], problems)
     layers = [_directories(layer, problems) for layer in told_layers]
     told = {"model": model, "training_mode": training_mode, "demo": demo}
     identity = _identity(told, file, problems)
     if identity is not None:
         layers = [_own(layer, identity, problems) for layer in layers]
+        layers.insert(0, _craft_layer(_last(layers, "craft.preset")))
         layers.insert(0, _base_layer(identity, _last(layers, "data.data"), _last(layers, "basic.output_dir")))
     values = _merged(layers, problems)
     if identity is not None and not problems:
@@ -155,7 +161,8 @@ def _flag_layer(flags: Mapping[str, Any], problems: list[str]) -> Layer:
         problems.append("--epochs and --max-steps: give one of them; steps end the run whatever the epochs.")
     layer: Layer = {}
     for name, value in given.items():
-        origin = f"--{name.replace('_', '-')}" if name != "quantize" else "--no-quantize"
+        negated = name == "quantize" or value is False
+        origin = f"--{'no-' * negated}{name.replace('_', '-')}"
         layer.update(dict.fromkeys(FLAGS.get(name, (name,)), Given(value, origin, isinstance(value, str))))
     return layer
 
@@ -174,8 +181,8 @@ def _directories(layer: Layer, problems: list[str]) -> Layer:
 def _own(layer: Layer, identity: Identity, problems: list[str]) -> Layer:
     """The layer in section fields only, with what follows from a field that is given alone.
 
-    A model brings its own processor, an output directory holds its best adapter, and epochs replace the steps of a
-    lower layer.
+    A model brings its own processor, an output directory holds its best adapter, epochs replace the steps of a lower
+    layer, and a CRAFT preset turns CRAFT on.
     """
     names = identity.own_names()
     for name, field in names.items():
@@ -192,7 +199,36 @@ def _own(layer: Layer, identity: Identity, problems: list[str]) -> Layer:
             own.setdefault(names[follower], given._replace(value=derive(given.value)))
     if "sft.num_epochs" in own:
         own.setdefault("sft.max_steps", Given(None, own["sft.num_epochs"].origin))
+    preset_of_craft = own.get("craft.preset")
+    if preset_of_craft is not None and _is_craft_preset(preset_of_craft.value):
+        own.setdefault("craft.enabled", Given(True, preset_of_craft.origin))
     return own
+
+
+def _is_craft_preset(name: Any) -> bool:
+    return isinstance(name, str) and name in CRAFT_PRESETS
+
+
+def _craft_layer(name: Any) -> Layer:
+    """The values of a CRAFT preset, which replace those of (model, mode); nothing for a name that is none."""
+    values = CRAFT_PRESETS[name] if _is_craft_preset(name) else {}
+    return {f"craft.{key}": Given(value, f"CRAFT preset {name}") for key, value in values.items()}
+
+
+def _craft_switched_off(command_line: Sequence[Layer], problems: list[str]) -> Layer:
+    """What --no-craft sets besides: every field of the section to its default, whatever the file says of CRAFT.
+
+    On the same command line a setting of CRAFT contradicts it.
+    """
+    switch = command_line[-1].get("craft.enabled")
+    if switch is None or switch.value is not False:
+        return {}
+    for layer in command_line:
+        for key, given in layer.items():
+            if key.startswith("craft.") and key != "craft.enabled":
+                option = f"--set {key}" if given.origin == "--set" else given.origin
+                problems.append(f"{option} and {switch.origin} contradict each other: drop one.")
+    return {f"craft.{name}": Given(value, switch.origin) for name, value in asdict(CraftParams()).items()}
 
 
 def _base_layer(identity: Identity, source: Any, outputs: Any) -> Layer:

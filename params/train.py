@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from params.basic import BasicParams
+from params.craft import CraftParams
 from params.lora import LoRAParams, QLoRAParams
 from params.munichus import MUNIChusLoadConfig
 from params.sft import SFTParams
@@ -29,3 +30,4 @@ class TrainParams:
     qlora: QLoRAParams = field(default_factory=QLoRAParams)
     lora: LoRAParams = field(default_factory=LoRAParams)
     sft: SFTParams = field(default_factory=SFTParams)
+    craft: CraftParams = field(default_factory=CraftParams)

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from inft.cli import COMMANDS, INTERRUPTED
+from inft.training.processes import is_main, wait_for_main
 from params.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,11 +37,13 @@ class LazyGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
+            wait_for_main()
             prefix = "\x1b[1;31merror:\x1b[0m" if sys.stderr.isatty() else "error:"
             print(prefix, error, file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            print("interrupted", file=sys.stderr)
+            if is_main():
+                print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error
 
 

@@ -10,7 +10,9 @@ PIPED_WIDTH = 200  # columns when the output is a file or a pipe: nothing is fol
 
 
 def make_console() -> "Console":
-    """A console on stdout, as wide as the terminal."""
+    """A console on stdout, as wide as the terminal; of several processes, only the first one's says anything."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    from inft.training.processes import is_main
+
+    return Console(quiet=not is_main(), width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)

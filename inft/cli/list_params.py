@@ -11,7 +11,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def list_params(
-    section: Annotated[str | None, typer.Argument(metavar="basic|data|qlora|lora|sft", help="Only these.")] = None,
+    section: Annotated[
+        str | None, typer.Argument(metavar="basic|data|qlora|lora|sft|craft", help="Only these.")
+    ] = None,
 ) -> None:
     """Show every parameter of --set and --config.
 

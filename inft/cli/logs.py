@@ -67,7 +67,8 @@ def plot(
 ) -> None:
     """Draw the curves of the last run as a PNG.
 
-    Loss, learning rate, gradient norm and evaluation loss, with those of the runs that it went on from.
+    Loss, learning rate, gradient norm and evaluation loss, with CRAFT its two losses and the contrastive accuracy,
+    with those of the runs that it went on from.
     """
     from inft.cli.logfiles import find_log, last_run, task_of
     from inft.cli.plot import plot_run

@@ -1,22 +1,37 @@
-"""The four curves of a run as one PNG."""
+"""The curves of a run as one PNG."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from inft.cli.logfiles import Event
 from params.errors import UserError
 
-# panel title -> (event, key, logarithmic axis)
-PANELS: Mapping[str, tuple[str, str, bool]] = {
-    "training loss": ("log", "loss", False),
-    "evaluation loss": ("eval", "loss", False),
-    "learning rate": ("log", "learning_rate", False),
-    "gradient norm": ("log", "grad_norm", True),
-}
+
+class Panel(NamedTuple):
+    """One of the pictures: its title, where its figures come from, and its axis."""
+
+    title: str
+    event: str
+    keys: tuple[str, ...]  # a curve each
+    logarithmic: bool = False
 
 
-def points(events: Sequence[Event], *, event: str, key: str) -> tuple[list[int], list[float]]:
+PANELS = (
+    Panel("training loss", "log", ("loss",)),
+    Panel("evaluation loss", "eval", ("loss",)),
+    Panel("learning rate", "log", ("learning_rate",)),
+    Panel("gradient norm", "log", ("grad_norm",), logarithmic=True),
+)
+# Drawn below them for a run with CRAFT.
+CRAFT_PANELS = (
+    Panel("losses of CRAFT", "log", ("loss/craft_contrast", "loss/craft_sft")),
+    Panel("contrastive accuracy", "log", ("metrics/craft_contrastive_accuracy",)),
+)
+Curve = tuple[list[int], list[float]]  # steps, values
+
+
+def points(events: Sequence[Event], *, event: str, key: str) -> Curve:
     """Steps and values of one figure; of a step that was run again after a resume, the later value."""
     found = {
         item["step"]: float(item[key])
@@ -33,17 +48,21 @@ def plot_run(events: Sequence[Event], *, title: str, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves = {name: points(events, event=event, key=key) for name, (event, key, _) in PANELS.items()}
-    if not any(steps for steps, _ in curves.values()):
+    curves = [(panel, _curves(events, panel)) for panel in PANELS]
+    if not any(drawn for _, drawn in curves):
         raise UserError(f"{title}: no figures are logged yet; wait for the first log or eval event.")
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharex=True)
+    of_craft = [(panel, _curves(events, panel)) for panel in CRAFT_PANELS]
+    if any(drawn for _, drawn in of_craft):
+        curves += of_craft
+    rows = len(curves) // 2
+    figure, axes = pyplot.subplots(rows, 2, figsize=(10, 3.25 * rows), layout="constrained", sharex=True)
     figure.suptitle(title)
-    for axis, (name, (steps, values)) in zip(axes.flat, curves.items(), strict=True):
-        _draw(axis, name, steps, values, logarithmic=PANELS[name][2])
+    for axis, (panel, drawn) in zip(axes.flat, curves, strict=True):
+        _draw(axis, panel, drawn)
     best = [event for event in events if event.get("event") == "best" and event.get("value") is not None]
     if best:
         _mark_best(axes.flat[1], best[-1])
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("optimizer step")
     try:
         figure.savefig(target, dpi=120)
@@ -53,14 +72,24 @@ def plot_run(events: Sequence[Event], *, title: str, target: Path) -> None:
         pyplot.close(figure)
 
 
-def _draw(axis: Any, name: str, steps: list[int], values: list[float], *, logarithmic: bool) -> None:
-    axis.set_title(name, fontsize=10)
+def _curves(events: Sequence[Event], panel: Panel) -> dict[str, Curve]:
+    """The curves of a panel that have points, by key."""
+    curves = {key: points(events, event=panel.event, key=key) for key in panel.keys}
+    return {key: curve for key, curve in curves.items() if curve[0]}
+
+
+def _draw(axis: Any, panel: Panel, curves: Mapping[str, Curve]) -> None:
+    axis.set_title(panel.title, fontsize=10)
     axis.grid(alpha=0.3)
-    if not steps:
+    if not curves:
         axis.text(0.5, 0.5, "none yet", transform=axis.transAxes, ha="center", color="grey")
         return
-    axis.plot(steps, values, marker="o" if len(steps) < 40 else None, markersize=3, linewidth=1.3)
-    if logarithmic and all(value > 0 for value in values):
+    for key, (steps, values) in curves.items():
+        marker = "o" if len(steps) < 40 else None
+        axis.plot(steps, values, marker=marker, markersize=3, linewidth=1.3, label=key)
+    if len(panel.keys) > 1:
+        axis.legend(fontsize=8)
+    if panel.logarithmic and all(value > 0 for _, values in curves.values() for value in values):
         axis.set_yscale("log")
 
 

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 from inft.cli import INTERRUPTED
 from inft.cli.console import make_console
 from inft.cli.fields import field_option
+from params.craft import CRAFT_PRESETS, CraftParams
 from params.presets import MODEL_NAMES, TRAINING_MODES
 
 if TYPE_CHECKING:
@@ -42,6 +43,28 @@ BadFraction = Annotated[str | None, field_option("data.max_bad_fraction", metava
 Epochs = Annotated[str | None, field_option("sft.num_epochs", metavar="N")]
 MaxSteps = Annotated[str | None, field_option("sft.max_steps", metavar="N")]
 Seed = Annotated[str | None, field_option("basic.seed", metavar="N")]
+Craft = Annotated[
+    bool | None,
+    typer.Option(
+        "--craft/--no-craft",
+        help="Add the contrastive term (CRAFT): by default each row's image and prompt are contrasted with the answers "
+        "of the other rows. --no-craft turns off what a file says of it, too "
+        f"(default {'on' if CraftParams.enabled else 'off'}).",
+        show_default=False,
+    ),
+]
+CraftPreset = Annotated[
+    str | None,
+    _text(metavar="NAME", words=f"Turn CRAFT on with the values of a preset: {', '.join(CRAFT_PRESETS)}."),
+]
+CraftPairs = Annotated[
+    str | None,
+    _text(
+        metavar="translations|PATH|hub:ID",
+        words="With CRAFT, contrast pairs of texts instead: the captions of one image in different languages, or a "
+        "data set with columns text and text_tgt.",
+    ),
+]
 NoQuantize = Annotated[bool, _switch("--no-quantize", "Train LoRA on unquantised weights.")]
 Demo = Annotated[bool, _switch("--demo", "The embedded tiny model; on the drawn sample set unless --data is given.")]
 Config = Annotated[Path | None, _text(metavar="FILE.yaml", words="Parameters by section.")]
@@ -91,6 +114,9 @@ def train(
     epochs: Epochs = None,
     max_steps: MaxSteps = None,
     seed: Seed = None,
+    craft: Craft = None,
+    craft_preset: CraftPreset = None,
+    craft_pairs: CraftPairs = None,
     no_quantize: NoQuantize = False,
     demo: Demo = False,
     config: Config = None,
@@ -114,6 +140,9 @@ def train(
         "epochs": epochs,
         "max_steps": max_steps,
         "seed": seed,
+        "craft": craft,
+        "craft_preset": craft_preset,
+        "craft_pairs": craft_pairs,
         "quantize": False if no_quantize else None,
         "output_dir": output_dir,
         "task": task,
@@ -152,6 +181,10 @@ def refuse_early(params: "TrainParams", *, resume: str | None, overwrite: bool, 
     from inft.training.resume import refuse_foreign_output
 
     find_source(params.data)
+    if params.craft.pairs:
+        from inft.data.pairs import refuse_no_pairs
+
+        refuse_no_pairs(params.craft.pairs, params.data)
     if "/" in params.model_name:
         local_source(params.model_name)
     if not dry_run:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inft.data.heldout import hold_out
@@ -85,8 +85,8 @@ def load_samples(
     trained, heldout = _split(config, train, own)
     _refuse_untrained_languages(config, train, trained, name=location or source)
     return Loaded(
-        train=[entry.sample for entry in trained],
-        heldout=[entry.sample for entry in heldout],
+        train=[_keyed(entry) for entry in trained],
+        heldout=[_keyed(entry) for entry in heldout],
         source=source,
         fingerprint=_fingerprint(trained, heldout),
         rows_per_language=_per_language(config, trained, heldout),
@@ -135,6 +135,13 @@ def _split(config: MUNIChusLoadConfig, train: Pool, own: Pool | None) -> tuple[l
     pairs = list(zip(train.entries, held, strict=True))
     heldout = [entry for entry, out in pairs if out]
     return [entry for entry, out in pairs if not out], spread_entries(heldout, config.max_eval_rows)
+
+
+def _keyed(entry: Entry) -> Sample:
+    """The entry's sample with the key of its picture, where that is known, as ``meta["picture"]``."""
+    if not entry.image_key:
+        return entry.sample
+    return replace(entry.sample, meta={**entry.sample.meta, "picture": entry.image_key})
 
 
 def _leak_key(entry: Entry) -> tuple[str, str]:

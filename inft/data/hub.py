@@ -69,7 +69,7 @@ def _records(table: "Dataset", columns: Columns, *, name: str, roots: tuple[Path
     image_column = columns.find("image", table.column_names)
     found = (columns.find(ours, table.column_names) for ours in ("title", "content", "caption", "language"))
     wanted = sorted({name for name in found if name is not None})
-    images = None if image_column is None else _undecoded(table, image_column).select_columns([image_column])
+    images = None if image_column is None else undecoded(table, image_column).select_columns([image_column])
     for index, values in enumerate(table.select_columns(wanted)):
         image: ImageRef
         if images is None or image_column is None:
@@ -79,7 +79,7 @@ def _records(table: "Dataset", columns: Columns, *, name: str, roots: tuple[Path
         yield Record(values=values, image=image, where=f"{name} row {index}")
 
 
-def _undecoded(table: "Dataset", column: str) -> "Dataset":
+def undecoded(table: "Dataset", column: str) -> "Dataset":
     """The table with the encoded bytes of its images: they are decoded by us, all in one way."""
     from datasets import Image
 

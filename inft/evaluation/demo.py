@@ -95,10 +95,11 @@ def run_demo(params: TrainParams, console: Console, *, resume: str | None, overw
     from inft.evaluation.generate import generate_captions
     from inft.models import load_spec
     from inft.models.loading import load_model, load_processor
+    from inft.training.processes import is_main
     from inft.training.run import fit
 
     result = fit(params, resume=resume, overwrite=overwrite, console=console)
-    if result.status == "interrupted":
+    if result.status == "interrupted" or not is_main():
         return result
 
     spec = load_spec(params.model)

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
+from inft.training.processes import is_main
 from inft.training.runlog import JsonlLogger
 from inft.training.storage import BEST_FILE, file_sha256, staged
 from params import TrainParams, UserError
@@ -93,7 +94,10 @@ def config_sha256(config: PretrainedConfig) -> str:
 
 
 class BestKeeper:
-    """Stores the adapter of a run under its best_model_dir, each time with the record of how it was chosen."""
+    """Stores the adapter of a run under its best_model_dir, each time with the record of how it was chosen.
+
+    Of several processes, which hold the same adapter, the first stores it.
+    """
 
     def __init__(self, params: TrainParams, *, model: PeftModel, processor: Any, log: JsonlLogger) -> None:
         """Make it before the first step: PiSSA's conversion needs the adapter as it was initialised."""
@@ -117,6 +121,8 @@ class BestKeeper:
             self._store(step, None, None, "there are no held-out rows to choose by: the last step")
 
     def _store(self, step: int, metric: str | None, value: float | None, why: str) -> None:
+        if not is_main():
+            return
         record = BestRecord(
             step=step,
             metric=metric,

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from inft.training.processes import any_of, process_count
 from inft.training.runlog import JsonlLogger
 
 
@@ -174,14 +175,18 @@ def sigterm_interrupts() -> Iterator[None]:
 class GracefulStop(TrainerCallback):
     """Ctrl-C or SIGTERM: the step is finished and a checkpoint saved; a second one aborts at once.
 
-    Used as a context around training, it puts back the handlers that were there.
+    Used as a context around training, it puts back the handlers that were there. Several processes stop after the same
+    step, whichever of them was told to. torchrun passes each signal on to processes that may have it already, so that
+    there a second one counts after ECHO seconds only.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    ECHO = 2.0
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.tell = tell
         self.requested = False
+        self._since = 0.0  # when, in seconds of the monotonic clock
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "GracefulStop":
@@ -194,14 +199,24 @@ class GracefulStop(TrainerCallback):
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.requested:  # of several processes: the handler stays
+            if time.monotonic() > self._since + self.ECHO:
+                raise KeyboardInterrupt
+            return
+        self._request()
+        if process_count() == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _request(self) -> None:
+        self.requested, self._since = True, time.monotonic()
         self.tell("Stopping: the step is finished and a checkpoint saved. Once more aborts at once.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop when a signal has come in."""
-        if self.requested:
+        if any_of(self.requested):
+            if not self.requested:  # another process was told to stop
+                self._request()
             control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from inft.training.processes import process_count
+
 LIBRARIES = ("inft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 def hardware() -> dict[str, Any]:
-    """CUDA, GPU name, torch and its CUDA build, bfloat16 support, threads."""
+    """CUDA, GPU name, torch and its CUDA build, bfloat16 support, threads, processes of the run."""
     cuda = torch.cuda.is_available()
     return {
         "cuda": cuda,
@@ -23,7 +25,8 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda_build": torch.version.cuda,
         "bf16": has_bf16(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),  # of each process
+        "processes": process_count(),
         "machine": platform.machine(),
         "system": platform.system(),
     }
@@ -40,6 +43,8 @@ def hardware_line(found: dict[str, Any]) -> str:
     build = f"CUDA {found['cuda_build']}" if found["cuda_build"] else "CPU build"
     bf16 = "supported" if found["bf16"] else "not supported"
     threads = f"{found['threads']} CPU thread{'s' if found['threads'] > 1 else ''}"
+    if found["processes"] > 1:
+        threads = f"{found['processes']} processes of {threads}"
     return f"{devices} · torch {found['torch']} ({build}) · bf16 mixed precision {bf16} · {threads}"
 
 

@@ -15,6 +15,8 @@ from inft.data.batches import Loaded
 from inft.models.spec import ModelSpec
 from inft.sample import Sample
 from inft.training.adapters import Coverage, coverage
+from inft.training.contrast import Contrast, ContrastFigures, contrast_figures, contrast_lines, plan_windows
+from inft.training.processes import process_count
 from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE
 from params import TrainParams
 from params.presets import lora_targets
@@ -40,7 +42,9 @@ class Steps:
     per_epoch: int
     total: int
     warmup: int
-    effective_batch: int  # rows per optimizer step
+    effective_batch: int  # rows per optimizer step, of all processes
+    accumulated: int = 1  # micro-batches of rows in such a step, of one process
+    processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +59,30 @@ class Plan:
     tokens: TokenFigures
     steps: Steps
     places: Mapping[str, str]  # what -> where it will be written
+    contrast: ContrastFigures | None = None  # of CRAFT
 
 
-def count_steps(params: TrainParams, rows: int) -> Steps:
-    """Steps as transformers counts them: a last, smaller batch or accumulation is a step too."""
-    sft = params.sft
-    batches = ceil(rows / sft.per_device_train_batch_size)
-    per_epoch = max(ceil(batches / sft.gradient_accumulation_steps), 1)
+def count_steps(params: TrainParams, rows: int, *, pairs: int | None = None, processes: int = 1) -> Steps:
+    """Steps as transformers counts them: a last, smaller batch or accumulation is a step too.
+
+    ``processes`` take the batches in turn, each as many: the last of them may see rows of the beginning again. With
+    ``pairs`` (of CRAFT) their micro-batches stand beside those of the rows, as craft plans them.
+    """
+    sft, accumulated = params.sft, params.sft.gradient_accumulation_steps
+    if pairs is not None:
+        windows = plan_windows(params, rows=rows, pairs=pairs, processes=processes)
+        per_epoch, accumulated = windows.steps, max(n_sft for n_sft, _ in windows.windows)
+    else:
+        batches = ceil(ceil(rows / sft.per_device_train_batch_size) / processes)
+        per_epoch = max(ceil(batches / accumulated), 1)
     total = sft.max_steps if sft.max_steps is not None else ceil(sft.num_epochs * per_epoch)
     return Steps(
         per_epoch=per_epoch,
         total=total,
         warmup=ceil(sft.warmup_ratio * total),  # as transformers rounds a ratio
-        effective_batch=sft.per_device_train_batch_size * sft.gradient_accumulation_steps,
+        accumulated=accumulated,
+        effective_batch=sft.per_device_train_batch_size * accumulated * processes,
+        processes=processes,
     )
 
 
@@ -94,9 +109,17 @@ def count_tokens(samples: Sequence[Sample], collator: Any) -> TokenFigures:
 
 
 def make_plan(
-    params: TrainParams, loaded: Loaded, too_long: int, *, model: PeftModel, spec: ModelSpec, collator: Any
+    params: TrainParams,
+    loaded: Loaded,
+    too_long: int,
+    *,
+    model: PeftModel,
+    spec: ModelSpec,
+    collator: Any,
+    contrast: Contrast | None = None,
 ) -> Plan:
-    """Gather the figures; ``too_long`` counts the rows dropped for their length."""
+    """Gather the figures; ``too_long`` counts the rows dropped for their length, ``contrast`` are the pairs, if any."""
+    rows, pairs, processes = len(loaded.train), len(contrast.rows) if contrast else None, process_count()
     trainable, total = model.get_nb_trainable_parameters()
     targets = lora_targets(params.model, params.training_mode, params.lora)
     return Plan(
@@ -106,12 +129,15 @@ def make_plan(
             "unusable, in quarantine": loaded.quarantined,
             f"longer than {params.basic.max_length:,} tokens": too_long,
             f"in other languages ({', '.join(loaded.other_languages)})": sum(loaded.other_languages.values()),
+            "unusable pairs, in quarantine": len(contrast.loaded.bad) if contrast else 0,
+            f"pairs longer than {params.basic.max_length:,} tokens": contrast.too_long if contrast else 0,
         },
         coverage=coverage(model, spec, targets),
         trainable=trainable,
         total=total,
         tokens=count_tokens(loaded.train, collator),
-        steps=count_steps(params, len(loaded.train)),
+        steps=count_steps(params, rows, pairs=pairs, processes=processes),
+        contrast=contrast_figures(params, rows=rows, pairs=pairs, processes=processes),
         places={
             "checkpoints": f"{params.output_dir}/checkpoint-N",
             "parameters": f"{params.output_dir}/{PARAMS_FILE}",
@@ -176,7 +202,7 @@ def _figures_table(params: TrainParams, plan: Plan) -> Table:
     table.add_row(
         "batch",
         f"{steps.effective_batch:,} rows a step ({sft.per_device_train_batch_size} × "
-        f"{sft.gradient_accumulation_steps} accumulated)",
+        f"{steps.accumulated} accumulated{f' × {steps.processes} processes' * (steps.processes > 1)})",
     )
     table.add_row("steps", f"{steps.total:,} in all, {steps.per_epoch:,} an epoch, {steps.warmup:,} of warm-up")
     table.add_row(
@@ -184,6 +210,8 @@ def _figures_table(params: TrainParams, plan: Plan) -> Table:
         f"{tokens.mean:,.0f} a row ({tokens.rows} rows counted), {tokens.longest:,} in the longest, "
         f"{tokens.supervised_share:.0%} supervised",
     )
+    for what, words in contrast_lines(params, plan.contrast) if plan.contrast else ():
+        table.add_row(what, words)
     for what, where in plan.places.items():
         table.add_row(what, where)
     return table

@@ -19,13 +19,17 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from inft.data.batches import Loaded, load_samples
+from inft.data.pairs import LoadedPairs
+from inft.data.rows import BadRow
 from inft.models import load_spec
 from inft.models.collate import where
 from inft.models.loading import load_processor
 from inft.models.spec import ModelSpec
 from inft.sample import Sample
+from inft.training.contrast import Contrast, read_contrast
 from inft.training.hardware import hardware, hardware_line
 from inft.training.plan import longest
+from inft.training.processes import agreed, gather, is_main, process_count, rank
 from inft.training.resume import (
     PARAMS_FILE,
     QUARANTINE_FILE,
@@ -35,6 +39,7 @@ from inft.training.resume import (
     refuse_changed_parameters,
     refuse_foreign_output,
     refuse_missing_best,
+    refuse_other_processes,
     refuse_other_rows,
 )
 from inft.training.storage import locked, remove_leftovers
@@ -51,6 +56,18 @@ class Inputs:
     too_long: int  # rows dropped for their length
     processor: Any
     collator: Any
+    contrast: Contrast | None  # the pairs of CRAFT, if it has any
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that is trained on, in its order."""
+        own = self.loaded.fingerprint
+        return own if self.contrast is None else f"{own}+{self.contrast.loaded.fingerprint}"
+
+    @property
+    def bad(self) -> list[BadRow]:
+        """The rows and pairs that were left out."""
+        return [*self.loaded.bad, *(self.contrast.loaded.bad if self.contrast is not None else ())]
 
 
 def starting_point(
@@ -86,6 +103,8 @@ def starting_point(
             "Start another run with another --output-dir."
         )
     checkpoint, warnings = find_checkpoint(output_dir, resume)
+    if checkpoint:
+        refuse_other_processes(checkpoint, process_count())
     if checkpoint and not dry_run:
         refuse_missing_best(params, read_state(checkpoint)["best"]["step"])
     for warning in warnings:
@@ -116,10 +135,10 @@ def _make_writable(directory: Path) -> None:
 
 def prepare_process(params: TrainParams, console: Console) -> None:
     """Threads and seeds of this process; the hardware on the console."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1 and params.basic.device_map not in ("auto", None):
         raise UserError(
-            "inft train runs in one process, which spreads the model over the visible GPUs (basic.device_map). "
-            "Start it without torchrun or accelerate launch."
+            f"basic.device_map={params.basic.device_map} spreads one model over GPUs; with several processes each "
+            "holds a model on its own: leave it at auto, or start without torchrun."
         )
     missing = [name for name in params.sft.report_to if importlib.util.find_spec(name) is None]
     if missing:
@@ -128,15 +147,32 @@ def prepare_process(params: TrainParams, console: Console) -> None:
     if params.sft.optim not in optimizers:
         near = difflib.get_close_matches(params.sft.optim, optimizers, n=3) or ["adamw_torch"]
         raise UserError(f"sft.optim: transformers has no optimizer {params.sft.optim!r}. Nearest: {', '.join(near)}.")
-    threads = params.basic.num_threads or (1 if not params.model_name else None)
+    threads = params.basic.num_threads or (1 if not params.model_name else _threads_of_a_share())
     if threads is not None:
         torch.set_num_threads(threads)
     set_seed(params.basic.seed)
+    if not is_main():
+        logging.set_verbosity_error()
+        warnings.simplefilter("ignore")
     # Deprecations between libraries are not the user's to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate|torch)\..*")
-    if not params.model_name or not console.is_terminal:
+    if not params.model_name or not console.is_terminal or not is_main():
         logging.disable_progress_bar()
     console.print(hardware_line(hardware()), highlight=False, soft_wrap=True)
+
+
+def _threads_of_a_share() -> int | None:
+    """CPU threads of one of several processes; None where torch or OMP_NUM_THREADS decides."""
+    if process_count() == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":  # torchrun sets 1 when nobody else did
+        return None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", process_count()))
+    return max((os.cpu_count() or 1) // here, 1)
+
+
+def draw_apart(seed: int) -> None:
+    """Give each further process dropout of its own; the adapters, drawn before, are the same in all."""
+    if not is_main():
+        set_seed(seed + rank())
 
 
 def say_what_runs(params: TrainParams, console: Console) -> None:
@@ -157,14 +193,29 @@ def say_what_runs(params: TrainParams, console: Console) -> None:
 def read_inputs(params: TrainParams, checkpoint: Path | None, *, dry_run: bool, console: Console) -> Inputs:
     """Rows, processor and collator; UserError when a resumed run would read other rows than it began with."""
     spec = load_spec(params.model)
-    quarantine = None if dry_run else Path(params.output_dir) / QUARANTINE_FILE
+    quarantine = None if dry_run or not is_main() else Path(params.output_dir) / QUARANTINE_FILE
     loaded = read_rows(params, spec, quarantine, console)
-    if checkpoint:
-        refuse_other_rows(checkpoint, loaded.fingerprint)
     processor = load_processor(spec, params.processor_name, max_image_tiles=params.basic.max_image_tiles)
     collator = spec.collator(processor, max_length=params.basic.max_length, over_length=params.sft.over_length)
     loaded, too_long = without_long_rows(loaded, params, spec, processor, collator)
-    return Inputs(spec=spec, loaded=loaded, too_long=too_long, processor=processor, collator=collator)
+    contrast = read_contrast(
+        params, loaded.train, spec=spec, processor=processor, collator=collator, quarantine_file=quarantine
+    )
+    if contrast is not None:
+        _say_left_out(contrast.loaded, "pair", quarantine, console)
+    inputs = Inputs(
+        spec=spec, loaded=loaded, too_long=too_long, processor=processor, collator=collator, contrast=contrast
+    )
+    if checkpoint:
+        refuse_other_rows(checkpoint, inputs.fingerprint)
+    return inputs
+
+
+def refuse_unlike_rows(fingerprint: str) -> None:
+    """UserError when the processes of a run have not all read the same rows."""
+    if len(set(gather(fingerprint))) > 1:
+        message = "the processes read different rows: data.data must hold the same files on every machine."
+        raise agreed(UserError(message))
 
 
 def read_rows(params: TrainParams, spec: ModelSpec, quarantine: Path | None, console: Console) -> Loaded:
@@ -176,12 +227,17 @@ def read_rows(params: TrainParams, spec: ModelSpec, quarantine: Path | None, con
             with_images=spec.takes_images,
             on_progress=lambda done: status.update(f"reading rows: {done:,} images checked"),
         )
-    if loaded.quarantined:
-        count = f"{loaded.quarantined:,} bad row{'s' if loaded.quarantined > 1 else ''} left out"
+    _say_left_out(loaded, "row", quarantine, console)
+    return loaded
+
+
+def _say_left_out(loaded: Loaded | LoadedPairs, what: str, quarantine: Path | None, console: Console) -> None:
+    """How many rows or pairs are bad, where they will be listed, and why the first ones are."""
+    if loaded.bad:
+        count = f"{len(loaded.bad):,} bad {what}{'s' if len(loaded.bad) > 1 else ''} left out"
         place = f", to be listed with their reasons in {quarantine}" if quarantine else ""
         text = f"{count}{place}:\n{loaded.quarantine_reasons}"
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    return loaded
 
 
 def without_long_rows(

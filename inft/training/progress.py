@@ -82,15 +82,16 @@ class ProgressReport(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the bar away."""
-        self._close()
+        self.close()
 
     def __enter__(self) -> "ProgressReport":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Take the bar off the terminal, if it is there."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -147,6 +147,18 @@ def refuse_other_rows(checkpoint: Path, fingerprint: str) -> None:
         )
 
 
+def refuse_other_processes(checkpoint: Path, processes: int) -> None:
+    """UserError when the run was in another number of processes, whose random states and order of rows it holds."""
+    before = read_state(checkpoint)["processes"]
+    if before != processes:
+        how = f"torchrun --nproc-per-node {before} -m inft train …" if before > 1 else "inft train …, without torchrun"
+        raise UserError(
+            f"--resume: {checkpoint} was saved by {before} process{'es' if before > 1 else ''} and this run has "
+            f"{processes}: the rows would be dealt out in another order. Go on with {how}, or start another run with "
+            "another --output-dir."
+        )
+
+
 def refuse_missing_best(params: TrainParams, step: int | None) -> None:
     """UserError when the adapter that an evaluation chose, of ``step``, is no longer where it was stored."""
     best_dir = Path(params.best_model_dir)

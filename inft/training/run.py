@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback
 
-from inft.data.batches import Loaded, write_quarantine
+from inft.data.batches import write_quarantine
+from inft.data.pairs import group_ids
 from inft.models.loading import load_model
 from inft.models.spec import ModelSpec
 from inft.training.adapters import add_adapters
@@ -28,11 +30,24 @@ from inft.training.hardware import hardware, peak_memory, versions
 from inft.training.plan import Steps, log_file, make_plan, show_parameters, show_plan
 from inft.training.prepare import (
     Inputs,
+    draw_apart,
     guard_batches,
     prepare_process,
     read_inputs,
+    refuse_unlike_rows,
     say_what_runs,
     starting_point,
+)
+from inft.training.processes import (
+    Failure,
+    gather,
+    is_main,
+    joined,
+    launch_command,
+    lost_process_told,
+    on_main,
+    together,
+    when_another_fails,
 )
 from inft.training.progress import ProgressReport
 from inft.training.quantise import after_quantised_load, quantization_config
@@ -74,60 +89,75 @@ def fit(
     """Run what ``params`` say and return what came of it.
 
     ``resume`` is None, "latest" or the path of a checkpoint in the output directory; ``overwrite`` replaces an earlier
-    run there; ``dry_run`` shows the plan, runs the guards and writes nothing. Errors: UserError for everything that
-    the user can mend; checkpoints and best adapter stay as they were last saved.
+    run there; ``dry_run`` shows the plan, runs the guards and writes nothing. Under torchrun each process calls it and
+    gets the same result. Errors: UserError for everything that the user can mend; checkpoints and best adapter stay as
+    they were last saved.
     """
-    console = console or Console()
+    console = (console or Console()) if is_main() else Console(quiet=True)
     began = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(joined())
         stack.enter_context(sigterm_interrupts())
-        checkpoint = starting_point(
-            params, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console, held=stack
+        checkpoint = on_main(
+            lambda: starting_point(
+                params, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console, held=stack
+            )
         )
-        prepare_process(params, console)
-        log = stack.enter_context(JsonlLogger(None if dry_run else log_file(params)))
-        stack.enter_context(_errors_logged(log))
-        stack.enter_context(_out_of_memory_told())
+        together(lambda: prepare_process(params, console))
+        log, progress = stack.enter_context(_told(None if dry_run else log_file(params), console))
 
-        inputs = read_inputs(params, checkpoint, dry_run=dry_run, console=console)
-        log.event("run_start", **_run_start(params, inputs.loaded, checkpoint))
-        model = _adapted_model(params, inputs.spec, console)
+        inputs = together(lambda: read_inputs(params, checkpoint, dry_run=dry_run, console=console))
+        refuse_unlike_rows(inputs.fingerprint)
+        log.event("run_start", **_run_start(params, inputs, checkpoint))
+        model = together(lambda: _adapted_model(params, inputs.spec, console))
         keeper = BestKeeper(params, model=model, processor=inputs.processor, log=log)
         plan = make_plan(
-            params, inputs.loaded, inputs.too_long, model=model, spec=inputs.spec, collator=inputs.collator
+            params,
+            inputs.loaded,
+            inputs.too_long,
+            model=model,
+            spec=inputs.spec,
+            collator=inputs.collator,
+            contrast=inputs.contrast,
         )
         if dry_run:
             show_parameters(console, dump_yaml(params))
         show_plan(console, params, plan)
 
         stop = GracefulStop(tell=console.print)
-        callbacks = [TrainerLoggingCallback(log), stack.enter_context(ProgressReport(console)), stop]
+        callbacks = [TrainerLoggingCallback(log), progress, stop]
         scratch = stack.enter_context(TemporaryDirectory()) if dry_run else None  # a Trainer makes its directory
         trainer = _trainer(params, inputs, model, keeper, plan.steps, callbacks, Path(scratch or params.output_dir))
         batches = guard_batches(inputs.loaded.train, params.sft.per_device_train_batch_size, inputs.collator)
-        report = _reporter(log, console)
-        run_guards(model, inputs.spec, inputs.processor, batches, forward=trainer.score, report=report)
+        guards = partial(run_guards, forward=trainer.score, report=_reporter(log, console))
+        together(lambda: guards(model, inputs.spec, inputs.processor, batches))
         if dry_run:
             console.print("dry run: all is ready; nothing was written.")
             return _result(params, trainer, None, status="dry_run")
 
-        if overwrite:
-            delete_run(params)
-        write_quarantine(Path(params.output_dir) / QUARANTINE_FILE, inputs.loaded.bad)
-        write_text(Path(params.output_dir) / PARAMS_FILE, dump_yaml(params))
+        on_main(lambda: _claim_directory(params, inputs, overwrite=overwrite))
+        draw_apart(params.basic.seed)
         with stop:
             train_loss = trainer.fit(checkpoint)
-        result = _finish(params, trainer, keeper, train_loss, interrupted=stop.requested)
-        seconds = time.perf_counter() - began
-        log.event("run_end", **_run_end(result, seconds=seconds, shortenings=inputs.collator.shortened))
+        result = on_main(lambda: _finish(params, trainer, keeper, train_loss, interrupted=stop.requested))
+        shortenings = sum(gather(inputs.collator.shortened))
+        log.event("run_end", **_run_end(result, seconds=time.perf_counter() - began, shortenings=shortenings))
     _say_goodbye(params, result, console)
     return result
 
 
 def resume_command(params: TrainParams) -> str:
-    """The command line that goes on with a run."""
+    """The command line that goes on with a run, in as many processes."""
     file = shlex.quote(str(Path(params.output_dir) / PARAMS_FILE))
-    return f"inft train {params.model} --config {file} --resume"
+    return f"{launch_command()} train {params.model} --config {file} --resume"
+
+
+def _claim_directory(params: TrainParams, inputs: Inputs, *, overwrite: bool) -> None:
+    """Delete the run that is to be replaced, and write what describes this one."""
+    if overwrite:
+        delete_run(params)
+    write_quarantine(Path(params.output_dir) / QUARANTINE_FILE, inputs.bad)
+    write_text(Path(params.output_dir) / PARAMS_FILE, dump_yaml(params))
 
 
 def _adapted_model(params: TrainParams, spec: ModelSpec, console: Console) -> PeftModel:
@@ -152,15 +182,17 @@ def _trainer(
 ) -> CaptionTrainer:
     """The trainer of a run, writing to ``output_dir``."""
     loaded = inputs.loaded
+    ids = group_ids(loaded.train) if params.craft.enabled else None
     return CaptionTrainer(
         model=model,
         args=sft_config(params, output_dir=output_dir, steps=steps, evaluate=bool(loaded.heldout)),
-        rows=RowCollator(loaded.train, loaded.heldout, inputs.collator),
+        rows=RowCollator(loaded.train, loaded.heldout, inputs.collator, ids=ids),
+        pairs=inputs.contrast.rows if inputs.contrast is not None else None,
         processor=inputs.processor,
         best=_judge(params.sft, keeper),
         keep_checkpoints=params.sft.save_total_limit,
         callbacks=callbacks,
-        fingerprint=loaded.fingerprint,
+        fingerprint=inputs.fingerprint,
     )
 
 
@@ -174,7 +206,8 @@ def _judge(sft: SFTParams, keeper: BestKeeper) -> BestCallback:
     )
 
 
-def _run_start(params: TrainParams, loaded: Loaded, checkpoint: Path | None) -> dict[str, Any]:
+def _run_start(params: TrainParams, inputs: Inputs, checkpoint: Path | None) -> dict[str, Any]:
+    loaded = inputs.loaded
     return {
         "task": params.task,
         "params": asdict(params),
@@ -182,10 +215,11 @@ def _run_start(params: TrainParams, loaded: Loaded, checkpoint: Path | None) -> 
         "hardware": hardware(),
         "data": {
             "source": loaded.source,
-            "fingerprint": loaded.fingerprint,
+            "fingerprint": inputs.fingerprint,
             "rows_per_language": loaded.rows_per_language,
             "dropped_empty": loaded.dropped_empty,
             "quarantined": loaded.quarantined,
+            **({} if inputs.contrast is None else {"pairs": len(inputs.contrast.rows)}),
         },
         "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
     }
@@ -202,6 +236,17 @@ def _run_end(result: RunResult, *, seconds: float, shortenings: int) -> dict[str
         "shortenings": shortenings,  # of news texts; a row that is seen again is shortened again
         **peak_memory(),
     }
+
+
+def _last_words(log: JsonlLogger, progress: ProgressReport) -> Callable[[Failure], None]:
+    """What is left to do when another process has failed and this one ends for it."""
+
+    def say(failure: Failure) -> None:
+        progress.close()
+        with suppress(UserError):
+            log.event("error", kind=failure.kind, message=failure.message, process=failure.rank)
+
+    return say
 
 
 def _reporter(log: JsonlLogger, console: Console) -> Callable[[GuardResult], None]:
@@ -252,6 +297,21 @@ def _say_goodbye(params: TrainParams, result: RunResult, console: Console) -> No
         lines = [f"{word}{loss} · step {result.best_step}{value} is stored in {result.best_dir}"]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _told(file: Path | None, console: Console) -> Iterator[tuple[JsonlLogger, ProgressReport]]:
+    """The log of a run, in ``file`` unless that is None, and its progress; both hear what ends it."""
+    log = together(lambda: JsonlLogger(file if is_main() else None))
+    with (
+        log,
+        ProgressReport(console) as progress,
+        when_another_fails(_last_words(log, progress)),
+        _errors_logged(log),
+        _out_of_memory_told(),
+        lost_process_told(),
+    ):
+        yield log, progress
 
 
 @contextmanager

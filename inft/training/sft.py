@@ -1,20 +1,26 @@
 """SFTParams in the words of TRL's SFTConfig."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from trl import SFTConfig
 
+from craft.config import CRAFTSFTConfig
 from inft.training.hardware import has_bf16
 from inft.training.plan import Steps
-from params import TrainParams
+from params import CraftParams, TrainParams
 
 
 def sft_config(params: TrainParams, *, output_dir: Path, steps: Steps, evaluate: bool) -> SFTConfig:
-    """SFTParams in the words of TRL; nothing is reported anywhere unless ``report_to`` names it."""
+    """SFTParams in the words of TRL and CraftParams in those of CRAFT, with ``craft_alpha`` 1 when it is off.
+
+    Nothing is reported anywhere unless ``report_to`` names it.
+    """
     sft, cuda = params.sft, torch.cuda.is_available()
-    config = SFTConfig(
+    config: SFTConfig = CRAFTSFTConfig(
         output_dir=str(output_dir),
         max_steps=steps.total,  # of sft.num_epochs too: what runs is what the plan shows
         learning_rate=sft.lr,
@@ -51,7 +57,19 @@ def sft_config(params: TrainParams, *, output_dir: Path, steps: Steps, evaluate:
         report_to=list(sft.report_to) or "none",
         run_name=params.task,
         disable_tqdm=True,
+        **_craft_fields(params.craft),
     )
     if config.n_gpu > 1:
         config._n_gpu = 1  # device_map spreads the model over the GPUs; DataParallel would copy it to each
     return config
+
+
+def _craft_fields(craft: CraftParams) -> dict[str, Any]:
+    """The fields of CRAFTSFTConfig; without CRAFT alpha is 1, which is plain fine-tuning."""
+    if not craft.enabled:
+        return {"craft_alpha": 1.0}
+    ours = ("enabled", "preset", "pairs")  # of inft, not of the trainer
+    given = {name: value for name, value in asdict(craft).items() if name not in ours}
+    # A pair's last token is the end of its turn, to which a caption's words come late; all of them count at once.
+    given["pooling"] = craft.pooling or ("mean" if craft.pairs else "last_token")
+    return {f"craft_{name}": value for name, value in given.items()}

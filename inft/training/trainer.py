@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,19 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
+from craft.trainers import CRAFTSFTTrainer
 from inft.training.best import save_adapter
 from inft.training.callbacks import BestCallback
 from inft.training.head import add_compact_head
+from inft.training.processes import agreed, gather, is_main, process_count, rank
 from inft.training.resume import STATE_FILE, checkpoints, read_state, write_manifest
-from inft.training.rows import ROWS, RowCollator
+from inft.training.rows import ROWS, PairRows, RowCollator
 from inft.training.storage import remove, staged
 from params import UserError
 
 
-class CaptionTrainer(SFTTrainer):
-    """The thin subclass: TRL's loss and loop, our rows, evaluation and checkpoints."""
+class CaptionTrainer(CRAFTSFTTrainer):
+    """The thin subclass: TRL's loss and loop with CRAFT beside it, our rows, evaluation and checkpoints."""
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class CaptionTrainer(SFTTrainer):
         model: PeftModel,
         args: SFTConfig,
         rows: RowCollator,
+        pairs: PairRows | None = None,  # of CRAFT; None: rows are aligned with themselves, if alpha is below 1
         processor: Any,
         best: BestCallback,
         keep_checkpoints: int,  # checkpoints that are not removed when another is saved
@@ -54,6 +58,8 @@ class CaptionTrainer(SFTTrainer):
             eval_dataset=rows.heldout_dataset(),
             processing_class=processor,
             callbacks=[*callbacks, best],
+            contrastive_dataset=pairs,
+            craft_collator=pairs.collate if pairs is not None else None,
         )
         for parameter, data in weights.items():
             parameter.data = data.to(parameter.device)
@@ -85,12 +91,13 @@ class CaptionTrainer(SFTTrainer):
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
             window = self._restored["window"]
-            return (window["total_loss"] + window["loss"]) / state.global_step
+            return (window["total_loss"] + sum(window["loss"]) / len(window["loss"])) / state.global_step
         return self._mean_loss(self.train(resume_from_checkpoint=str(checkpoint)))
 
     @staticmethod
     def _mean_loss(trained: TrainOutput) -> float | None:
-        return trained.training_loss if trained.global_step else None
+        losses = gather(trained.training_loss)  # since the last log each process has summed its own rows
+        return sum(losses) / len(losses) if trained.global_step else None
 
     def score(self, batch: Mapping[str, torch.Tensor]) -> Any:
         """TRL's FusedCausalLMOutput of a collated batch, in the precision of training."""
@@ -103,8 +110,10 @@ class CaptionTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; UserError when its loss is not finite, before the weights have changed."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise self._diverged(self.state.global_step + 1, f"the loss is {loss.item()}")
+        losses = self.accelerator.gather(loss)  # all processes stop at the same step, whosever rows they were
+        if not torch.isfinite(losses).all():
+            worst = losses[~torch.isfinite(losses)][0].item()
+            raise self._diverged(self.state.global_step + 1, f"the loss is {worst}")
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -135,6 +144,7 @@ class CaptionTrainer(SFTTrainer):
         loss: dict[str, float] = {}
         tokens: dict[str, int] = {}
         correct = 0
+        seen: set[int] = set()
         self.model.eval()
         for batch in batches:
             numbers_B = batch.pop(ROWS)
@@ -143,8 +153,11 @@ class CaptionTrainer(SFTTrainer):
             figures_B3 = torch.stack(
                 [-outputs.log_probs.double().sum(1), outputs.label_mask.sum(1), outputs.is_top1.sum(1)], dim=1
             )
-            numbers, figures = self.accelerator.gather_for_metrics((numbers_B.to(figures_B3.device), figures_B3))
+            numbers, figures = self.accelerator.gather((numbers_B.to(figures_B3.device), figures_B3))
             for number, (row_loss, row_tokens, row_correct) in zip(numbers.tolist(), figures.tolist(), strict=True):
+                if number in seen:  # of several processes, all get as many rows: the last batch is filled up
+                    continue
+                seen.add(number)
                 language = self.rows.rows[number].language
                 loss[language] = loss.get(language, 0.0) + row_loss
                 tokens[language] = tokens.get(language, 0) + int(row_tokens)
@@ -159,18 +172,28 @@ class CaptionTrainer(SFTTrainer):
         if not all(torch.isfinite(weights).all() for weights in model.parameters() if weights.requires_grad):
             raise self._diverged(self.state.global_step, "an adapter weight is not finite")
         run_dir, step = Path(self.args.output_dir), self.state.global_step
-        with staged(run_dir / f"checkpoint-{step}", what=f"checkpoint-{step}") as staging:
-            self._staging = staging
+        final = run_dir / f"checkpoint-{step}"
+        with staged(final, what=final.name) if is_main() else nullcontext() as staging:
+            self._staging = gather(staging)[0]
             super(SFTTrainer, self)._save_checkpoint(model, trial)  # past TRL's, which writes a model card each time
-            inner = staging / f"checkpoint-{step}"
-            (inner / STATE_FILE).write_text(json.dumps(self._own_state()), encoding="utf-8")
-            for path in inner.iterdir():
-                path.rename(staging / path.name)
-            inner.rmdir()
-            write_manifest(staging, step=step)
+            state = self._own_state()
+            gather(None)  # each process has written its random state
+            if staging is not None:
+                self._complete(staging, state)
         self._staging = None
-        for _, old in checkpoints(run_dir)[self.keep_checkpoints :]:
-            remove(old)
+        if is_main():
+            for _, old in checkpoints(run_dir)[self.keep_checkpoints :]:
+                remove(old)
+
+    def _complete(self, staging: Path, state: Mapping[str, Any]) -> None:
+        """Add our own state to a checkpoint that transformers wrote into ``staging``, and the manifest."""
+        step = self.state.global_step
+        inner = staging / f"checkpoint-{step}"
+        (inner / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        for path in inner.iterdir():
+            path.rename(staging / path.name)
+        inner.rmdir()
+        write_manifest(staging, step=step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone: the processor is in best/, and the arguments (a pickle) are in params.yaml."""
@@ -189,20 +212,25 @@ class CaptionTrainer(SFTTrainer):
     def _own_state(self) -> dict[str, Any]:
         """What a resumed run needs to log the same figures: the best so far and sums since the last log."""
         window = {
-            "loss": self._tr_loss.item(),
+            "loss": gather(self._tr_loss.item()),  # of each process
             "total_loss": self._total_loss_scalar,
             "logged_step": self._globalstep_last_logged,
             "tokens": self._total_train_tokens,
             "metrics": dict(self._metrics["train"]),
         }
-        return {"rows": self.fingerprint, "best": asdict(self.best.so_far), "window": window}
+        return {
+            "rows": self.fingerprint,
+            "processes": process_count(),
+            "best": asdict(self.best.so_far),
+            "window": window,
+        }
 
     def restore_window(self) -> None:
         """Put back the sums since the last log of the checkpoint that was loaded, if one was."""
         if self._restored is None:
             return
         window = self._restored["window"]
-        self._tr_loss += window["loss"]
+        self._tr_loss += window["loss"][rank()]
         self._total_loss_scalar = window["total_loss"]
         self._globalstep_last_logged = window["logged_step"]
         self._total_train_tokens = window["tokens"]
@@ -212,11 +240,12 @@ class CaptionTrainer(SFTTrainer):
     def _diverged(self, step: int, what: str) -> UserError:
         whole = [path for _, path in checkpoints(Path(self.args.output_dir))]
         kept = f"The last good checkpoint is {whole[0]}." if whole else "No checkpoint had been saved yet."
-        return UserError(
+        message = (
             f"step {step}: {what}; the run is stopped and nothing of this step is kept. {kept} "
             "Start again, with --overwrite or another --output-dir, and lower sft.lr or sft.max_grad_norm, lengthen "
             "sft.warmup_ratio, or use bfloat16 or float32 instead of float16."
         )
+        return agreed(UserError(message))  # losses, gradients and weights are those of all processes
 
 
 class _RestoreWindow(TrainerCallback):

@@ -67,6 +67,34 @@ def test_plot_writes_a_png_beside_the_log_or_where_told(inft, logs):
     assert target.exists()
 
 
+def panels_drawn(inft, monkeypatch, directory):
+    """Title -> labels of the curves of each panel that `inft logs plot` draws."""
+    found = {}
+
+    def note(figure, *args, **kwargs):
+        found.update((axis.get_title(), [line.get_label() for line in axis.get_lines()]) for axis in figure.axes)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", note)
+    assert inft("logs", "plot", "--logs-dir", str(directory)).status == 0
+    return found
+
+
+def test_a_run_with_craft_has_panels_for_it_and_one_without_has_none(inft, monkeypatch, tmp_path):
+    path = write_run(tmp_path / "trainer_x.jsonl")
+    plain = list(panels_drawn(inft, monkeypatch, tmp_path))
+    assert plain == ["training loss", "evaluation loss", "learning rate", "gradient norm"]
+    with JsonlLogger(path) as log:
+        log.event("run_start", task="x", params={}, resumed_from_step=None, versions={}, hardware={}, data={})
+        for step in (1, 2):
+            usual = {"learning_rate": 1e-3, "grad_norm": 1.5, "tokens_per_second": 100.0}
+            craft = {"loss/craft_sft": 0.7, "loss/craft_contrast": 1 / step, "metrics/craft_contrastive_accuracy": 0.5}
+            log.event("log", step=step, epoch=0.1, loss=1.0, **usual, **craft)
+    found = panels_drawn(inft, monkeypatch, tmp_path)
+    assert list(found)[:4] == plain
+    assert found["losses of CRAFT"] == ["loss/craft_contrast", "loss/craft_sft"]
+    assert len(found["contrastive accuracy"]) == 1
+
+
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [

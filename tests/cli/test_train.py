@@ -52,6 +52,36 @@ def test_without_flags_nothing_is_overridden(inft, asked):
 
 
 @pytest.mark.parametrize(
+    ("words", "enabled", "preset", "pairs"),
+    [
+        ("", False, None, ""),
+        ("--craft", True, None, ""),
+        ("--no-craft", False, None, ""),
+        ("--craft-preset minimal", True, "minimal", ""),
+        ("--craft --craft-pairs translations", True, None, "translations"),
+    ],
+)
+def test_craft_is_turned_on_by_its_flags(inft, asked, words, enabled, preset, pairs):
+    assert inft("train", "aya", "--demo", *words.split()).status == 0
+    [(params, _)] = asked
+    assert (params.craft.enabled, params.craft.preset, params.craft.pairs) == (enabled, preset, pairs)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--craft --craft-pairs absent.jsonl", "--craft-pairs 'absent.jsonl' is neither translations nor a data set"),
+        ("--craft --craft-pairs translations --languages ur", "only 'ur' is read: name another with --languages"),
+        ("--craft-preset lots", "'balanced'"),
+    ],
+)
+def test_pairs_that_cannot_be_had_are_told_before_torch(inft, words, complaint):
+    found = inft("train", "llama32", "--demo", "--no-quantize", *words.split())
+    assert found.status == 2
+    assert complaint in found.err
+
+
+@pytest.mark.parametrize(
     ("given", "meant"),
     [
         ("aya --resume", "aya --resume latest"),

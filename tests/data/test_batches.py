@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from inft.data.batches import load_samples
 from inft.data.heldout import article_key
+from inft.data.images import pixel_digest
 from inft.data.quarantine import write_quarantine
 from inft.data.rows import BadRow
 from inft.sample import Sample
@@ -38,7 +39,9 @@ def test_a_row_becomes_a_sample(write_jsonl, news_rows) -> None:
     assert sample.answer == "caption 0 in ur"
     assert sample.prompt.text == "Write a caption for this image in Urdu.\n\nNews text of article 0."
     assert (sample.language, sample.image.load().getpixel((0, 0))) == ("ur", (0, 0, 40))
-    assert sample.meta == {"title": "Article 0", "where": "train.jsonl line 2", "source": "jsonl"}
+    picture = pixel_digest(sample.image.load())
+    where = "train.jsonl line 2"
+    assert sample.meta == {"title": "Article 0", "where": where, "source": "jsonl", "picture": picture}
     assert loaded.rows_per_language == {"en": (20, 0), "ur": (20, 0)}
     assert (loaded.heldout, loaded.dropped_empty, loaded.bad, loaded.other_languages) == ([], 0, (), {})
 

@@ -115,6 +115,16 @@ def run_params(root: Path, model: Path, data: Path, **changes: Any) -> TrainPara
     return params
 
 
+@pytest.fixture(scope="session")
+def params_below(tiny_text_dir: Path, captions_dir: Path) -> Callable[..., TrainParams]:
+    """run_params below a directory, for fixtures that tests share."""
+
+    def make(root: Path, **changes: Any) -> TrainParams:
+        return run_params(root, tiny_text_dir, captions_dir, **changes)
+
+    return make
+
+
 @pytest.fixture
 def make_params(tmp_path: Path, tiny_text_dir: Path, captions_dir: Path) -> Callable[..., TrainParams]:
     """run_params below tmp_path, or below ``root``."""

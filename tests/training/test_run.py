@@ -216,12 +216,6 @@ def test_an_output_directory_that_cannot_be_made_is_an_error_before_anything_is_
         fit(make_params(tmp_path / "file"), console=QUIET)
 
 
-def test_several_processes_are_refused(make_params: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process"):
-        fit(make_params(), console=QUIET)
-
-
 def test_a_full_gpu_is_an_error_that_says_what_takes_less(make_params: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

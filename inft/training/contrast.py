@@ -1,0 +1,163 @@
+"""The contrastive side of a run (CRAFT): its pairs, and what they add to the plan."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from craft.schedule import EpochPlan, plan_epoch
+from inft.data.pairs import LoadedPairs, load_pairs
+from inft.models.collate import where
+from inft.models.pairs import PairCollator
+from inft.models.spec import ModelSpec
+from inft.sample import Sample
+from inft.training.rows import PairRows
+from params import TrainParams, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """The pairs of a run, ready for a trainer, and what was left out."""
+
+    rows: PairRows
+    loaded: LoadedPairs
+    too_long: int  # pairs dropped for the length of a side
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastFigures:
+    """The contrastive term in figures."""
+
+    pairs: int | None  # None: each row's prompt is contrasted with its own answer
+    rows: int  # anchors a device sees per micro-batch
+    n_sft: tuple[int, int]  # fewest and most micro-batches of fine-tuning in an optimizer step
+    n_con: tuple[int, int]  # of contrast; in self-alignment each micro-batch is both
+    alpha: float  # share of the fine-tuning gradient in the sum, whatever n_sft and n_con
+    negatives: int  # per anchor, from the batches of all processes
+    queued: int  # and at most from earlier batches, each row or pair once
+
+
+def read_contrast(
+    params: TrainParams,
+    samples: Sequence[Sample],
+    *,
+    spec: ModelSpec,
+    processor: Any,
+    collator: Any,
+    quarantine_file: Path | None,
+) -> Contrast | None:
+    """The pairs of a run that trains on ``samples``; None without CRAFT and in self-alignment.
+
+    With over_length="drop" pairs above max_length are left out. Errors: UserError for pairs that cannot be read or
+    made, and for too long ones otherwise, since a pair has no news text to shorten.
+    """
+    craft = params.craft
+    if not (craft.enabled and craft.pairs):
+        return None
+    loaded = load_pairs(
+        craft.pairs, params.data, samples, with_images=spec.takes_images, quarantine_file=quarantine_file
+    )
+    pair_collator = PairCollator(collator)
+    long = _too_long(loaded, params, pair_collator, most_image_tokens=spec.most_image_tokens(processor))
+    kept = [pair for number, pair in enumerate(loaded.pairs) if number not in long]
+    if long and (params.sft.over_length != "drop" or not kept):
+        names = ", ".join(f"{where(loaded.pairs[number].anchor)} ({length} tokens)" for number, length in long.items())
+        raise UserError(
+            f"{len(long):,} pair{'s' if len(long) > 1 else ''} ({names[:300]}) would have more than basic.max_length="
+            f"{params.basic.max_length:,} tokens on a side. Raise basic.max_length, or leave such pairs out with --set "
+            "sft.over_length=drop."
+        )
+    return Contrast(rows=PairRows(kept, pair_collator), loaded=replace(loaded, pairs=kept), too_long=len(long))
+
+
+def _too_long(
+    loaded: LoadedPairs, params: TrainParams, collator: PairCollator, *, most_image_tokens: int
+) -> Mapping[int, int]:
+    """Number -> tokens of the pairs above max_length."""
+    room = params.basic.max_length - collator.collator.template_bytes() - most_image_tokens
+    # A token has a byte at least: most pairs need no tokenizer to be known to fit.
+    doubtful = [
+        number
+        for number, pair in enumerate(loaded.pairs)
+        if any(len((side.prompt.text + side.answer).encode()) > room for side in (pair.anchor, pair.positive))
+    ]
+    lengths = collator.lengths([loaded.pairs[number] for number in doubtful])
+    found = zip(doubtful, lengths, strict=True)
+    return {number: length for number, length in found if length > params.basic.max_length}
+
+
+def contrastive_batch_size(params: TrainParams) -> int:
+    """Anchors that a device sees per contrastive micro-batch."""
+    own = params.craft.contrastive_batch_size if params.craft.pairs else None
+    return own or params.sft.per_device_train_batch_size
+
+
+def plan_windows(params: TrainParams, *, rows: int, pairs: int, processes: int = 1) -> EpochPlan:
+    """The optimizer steps of an epoch over ``rows`` and ``pairs``, as each process makes them.
+
+    Errors: UserError for numbers that craft.length_strategy refuses.
+    """
+    craft = params.craft
+    try:
+        return plan_epoch(
+            sft_batches=ceil(rows / (params.sft.per_device_train_batch_size * processes)),
+            contrastive_batches=ceil(pairs / (contrastive_batch_size(params) * processes)),
+            beta=craft.beta,
+            gradient_accumulation_steps=params.sft.gradient_accumulation_steps,
+            beta_mode=craft.beta_mode,
+            length_strategy=craft.length_strategy,
+        )
+    except ValueError as error:
+        raise UserError(str(error).replace("craft_", "craft.")) from error
+
+
+def contrast_figures(
+    params: TrainParams, *, rows: int, pairs: int | None, processes: int = 1
+) -> ContrastFigures | None:
+    """The figures of a run over ``rows`` and, when it has any, ``pairs``; None without CRAFT."""
+    craft = params.craft
+    if not craft.enabled:
+        return None
+    if pairs is None:
+        accumulated = params.sft.gradient_accumulation_steps
+        windows: Sequence[tuple[int, int]] = [(accumulated, accumulated)]
+    else:
+        windows = plan_windows(params, rows=rows, pairs=pairs, processes=processes).windows
+        windows = windows[:-1] or windows  # the last step may be a short one
+    sft, con = zip(*windows, strict=True)
+    size = contrastive_batch_size(params)
+    return ContrastFigures(
+        pairs=pairs,
+        rows=size,
+        n_sft=(min(sft), max(sft)),
+        n_con=(min(con), max(con)),
+        alpha=craft.alpha,
+        negatives=size * processes - 1,
+        queued=min(craft.negative_queue_size, pairs or rows) if craft.negative_strategy == "queue" else 0,
+    )
+
+
+def contrast_lines(params: TrainParams, figures: ContrastFigures) -> list[tuple[str, str]]:
+    """The figures in words: (what, how much)."""
+    craft = params.craft
+    if figures.pairs is None:
+        source = "self-alignment: each row's prompt finds its own answer among those of the others"
+    else:
+        source = f"{figures.pairs:,} pairs ({craft.pairs}), {figures.rows:,} a micro-batch, {craft.length_strategy}"
+    kinds = f"n_sft {_range(figures.n_sft)}, n_con {_range(figures.n_con)} micro-batches a step"
+    if figures.pairs is None:
+        kinds += ", the same ones"
+    balanced = f", weighed further by {craft.gradient_balancing}" if craft.gradient_balancing != "none" else ""
+    queue = f" in the batch and up to {figures.queued:,} in the queue" if figures.queued else ""
+    return [
+        ("contrast (CRAFT)", source),
+        ("kinds", kinds),
+        ("effective alpha", f"{figures.alpha:g} fine-tuning to {1 - figures.alpha:g} contrast{balanced}"),
+        ("negatives", f"{figures.negatives:,} per anchor{queue}"),
+    ]
+
+
+def _range(ends: tuple[int, int]) -> str:
+    low, high = ends
+    return f"{low}" if low == high else f"{low} to {high}"
