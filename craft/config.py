@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal, Self
 
 from craft.fields import ContrastiveKeys, checked_fields
 from craft.presets import CRAFT_PRESETS, auto_configure, get_preset
-from params.bounds import Bounds, Count, NonNegative, PartialShare, Positive, Ratio, Share
-from params.craft import Balancing, BetaMode, LengthStrategy, Pooling
+from params.bounds import Count, NonNegative, PartialShare, Positive, Ratio, Share
+from params.craft import LEARNABLE_TEMPERATURE, Balancing, BetaMode, LengthStrategy, Pooling
 
 Metric = Literal["contrastive_accuracy", "representation_consistency", "temperature", "gradient_norm"]
-LEARNABLE_TEMPERATURE = Bounds(0.01, 1.0, high_included=True)  # CLIP's clamp; see InfoNCELoss
 
 # Name here -> module and class of the arguments that it extends.
 _TRL_CONFIGS: Mapping[str, tuple[str, str]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from craft.collate import CRAFTCollator
+from craft.collate import PER_TOKEN, CRAFTCollator
 from craft.fields import did_you_mean
 from craft.mixing import BATCH_TYPE, CRAFTMixedDataLoader
 from craft.schedule import Kind
@@ -22,19 +22,7 @@ __all__ = [
 ]
 
 # A data set with these columns alone has one text in a row; other names may be positives (craft_contrastive_keys).
-_OF_ONE_TEXT = {
-    "text",
-    "messages",
-    "prompt",
-    "completion",
-    "input_ids",
-    "attention_mask",
-    "labels",
-    "token_type_ids",
-    "assistant_mask",
-    "assistant_masks",
-    "completion_mask",
-}
+_OF_ONE_TEXT = {"text", "messages", "prompt", "completion", *PER_TOKEN}
 STRATEGIES = ("paired_dataset", "self_align")
 Collator = Callable[[list[Any]], Any]
 
@@ -78,13 +66,13 @@ def make_craft_datasets(
     return CRAFTDatasetBundle(primary_dataset, contrastive_dataset, strategy)
 
 
-def missing_positives(columns: Iterable[str]) -> str:
+def missing_positives(columns: Iterable[str], *, text_field: str = "text") -> str:
     """Return the message for pairs without a positive."""
     return (
         f"the contrastive data set has no column of positives: found {', '.join(columns) or 'no column'}. Each row "
-        "needs the second text of its pair as input_ids_tgt (with attention_mask_tgt), or as text_tgt, messages_tgt or "
-        "prompt_tgt and completion_tgt for craft.pairs.tokenize_pairs. Rename the column, name it in "
-        "craft_contrastive_keys, or use strategy='self_align'."
+        f"needs the second text of its pair as input_ids_tgt (with attention_mask_tgt), or as {text_field}_tgt, "
+        "messages_tgt, positive, or prompt_tgt and completion_tgt for craft.pairs.tokenize_pairs. Rename the column, "
+        "name it in craft_contrastive_keys, or use strategy='self_align'."
     )
 
 

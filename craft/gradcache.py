@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from craft.collate import PER_TOKEN
 from craft.distributed import gather_ids, gather_rows
 from craft.hooks import last_hidden_state, unwrap
 from craft.losses import info_nce
@@ -35,18 +36,7 @@ __all__ = [
 ]
 
 # Inputs that have one entry per token in their second dimension, padded along with input_ids.
-SEQUENCE_KEYS = (
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "cross_attention_mask",
-    "special_tokens_mask",
-    "labels",
-    "craft_pooling_mask",
-)
+SEQUENCE_KEYS = (*PER_TOKEN, "inputs_embeds", "cross_attention_mask")
 
 Encode = Callable[[Any], Tensor]
 

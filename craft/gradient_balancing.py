@@ -311,7 +311,7 @@ def pcgrad_coefficients(gram_TT: Tensor, orders: Sequence[Sequence[int]] | None 
     for i, order in enumerate(orders):
         for j in order:
             dot = coefficients_TT[i] @ gram_TT[:, j]
-            if i != j and dot < 0:
+            if i != j and dot < 0 < gram_TT[j, j]:
                 coefficients_TT[i, j] -= dot / gram_TT[j, j]
     return coefficients_TT.sum(0)
 

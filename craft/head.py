@@ -30,5 +30,6 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the unit vectors of `x`."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.normalize(self.net(x.to(self.net[0].weight.dtype)), dim=-1)
+        weight = self.net[0].weight  # on another GPU, maybe, than the one that a model over several ends on
+        with torch.autocast(weight.device.type, enabled=False):
+            return F.normalize(self.net(x.to(weight.device, weight.dtype)), dim=-1)

@@ -94,7 +94,8 @@ def last_hidden_state(output: Any) -> Tensor:
     if state is None:
         raise ValueError(
             f"a model output of type {type(output).__name__} holds no hidden states: call the model with "
-            "output_hidden_states=True, or name the layer to take them from (LastHiddenStateHook(model, layer_name=…))."
+            "output_hidden_states=True (a trainer does with craft_use_hidden_state_hook=False), or name the layer to "
+            "take them from (LastHiddenStateHook(model, layer_name=…))."
         )
     return state
 

@@ -45,9 +45,13 @@ def info_nce(
     Errors: ValueError when there is no column for an anchor.
     """
     rows, columns = len(anchors_BD), len(positives_MD)
-    if not 0 <= offset <= columns - rows or columns == 0:
+    if not 0 <= offset <= columns - rows:
         raise ValueError(f"{rows} anchors from column {offset} on need as many positives: there are {columns}.")
     dtype = torch.promote_types(anchors_BD.dtype, torch.float32)
+    if columns == 0:  # batches of which no row has two sides
+        nothing_B = torch.zeros(0, dtype=torch.bool, device=anchors_BD.device)
+        losses_B = (anchors_BD + positives_MD).to(dtype).sum(1)
+        return InfoNCEOutput(losses_B=losses_B, correct_B=nothing_B, contrasted_B=nothing_B)
     with torch.autocast(anchors_BD.device.type, enabled=False):
         positives_MD = positives_MD.to(dtype)
         scaled_BD = anchors_BD.to(dtype) / temperature

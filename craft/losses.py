@@ -14,6 +14,7 @@ from craft.head import ProjectionHead
 from craft.infonce import InfoNCEOutput, info_nce
 from craft.negatives import ID_COLUMNS, duplicates
 from craft.pooling import PoolingStrategy, check_strategy, pool_hidden_states
+from params.craft import LEARNABLE_TEMPERATURE
 
 __all__ = [
     "CRAFTLossOutputs",
@@ -26,7 +27,7 @@ __all__ = [
     "pool_hidden_states",
 ]
 
-TEMPERATURE_RANGE = (0.01, 1.0)  # of a learnable temperature; CLIP clips 1/τ at 100
+TEMPERATURE_RANGE = (LEARNABLE_TEMPERATURE.low, LEARNABLE_TEMPERATURE.high)
 REDUCTIONS = ("mean", "sum", "none")
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from params.check import SECTIONS
-from params.craft import CRAFT_PRESETS, CraftParams
+from params.craft import CRAFT_PRESETS, LEARNABLE_TEMPERATURE, CraftParams
 from params.train import TrainParams
 
 # Fields for evaluation, which `inft train` does not read.
@@ -101,6 +101,11 @@ def _craft(params: TrainParams) -> list[str]:
             verb = "has" if len(chosen) == 1 else "have"
             problems.append(f"{_named(chosen)} {verb} no effect without CRAFT: add --craft, or leave out what sets it.")
         return problems
+    if craft.pooling == "cls":
+        problems.append(
+            "craft.pooling=cls takes the first token, which in these models has seen no other, so that no text could "
+            "be told from another: set last_token, mean or weighted_mean, or leave it out."
+        )
     if craft.alpha == 1:
         problems.append(
             "craft.alpha=1 gives the contrastive loss no weight: set a smaller one, such as 0.6, or turn CRAFT off "
@@ -118,10 +123,11 @@ def _craft(params: TrainParams) -> list[str]:
         if name in chosen and not told_already and getattr(craft, field) not in values:
             needed = " or ".join(str(value).lower() if isinstance(value, bool) else value for value in values)
             problems.append(f"craft.{name} has no effect without craft.{field}={needed}: set that, or leave it out.")
-    if craft.learnable_temperature and not 0.01 <= craft.temperature <= 1:
+    if craft.learnable_temperature and not LEARNABLE_TEMPERATURE.holds(craft.temperature):
         problems.append(
-            f"craft.temperature={craft.temperature:g} lies outside 0.01 to 1, where craft.learnable_temperature=true "
-            "keeps it: set one inside, or keep it fixed with --set craft.learnable_temperature=false."
+            f"craft.temperature must be {LEARNABLE_TEMPERATURE.words} with craft.learnable_temperature=true, which "
+            f"keeps it there, got {craft.temperature:g}: set such a one, or keep it fixed with --set "
+            "craft.learnable_temperature=false."
         )
     found = craft.beta_mode == "auto" or craft.length_strategy == "auto_beta"  # then the batches make beta
     if craft.pairs and "beta" in chosen and found:
@@ -153,11 +159,6 @@ def _chosen(craft: CraftParams) -> list[str]:
 def _no_negatives(params: TrainParams) -> list[str]:
     """What is wrong when no anchor has another row to be told apart from; rows of other processes are such."""
     craft, rows = params.craft, params.sft.per_device_train_batch_size
-    if craft.negative_strategy == "none":
-        return [
-            "craft.negative_strategy=none leaves CRAFT nothing to contrast with: rows here have no negatives of their "
-            "own. Set in_batch or queue, or turn CRAFT off with --no-craft."
-        ]
     field = "sft.per_device_train_batch_size"
     if craft.pairs and craft.contrastive_batch_size is not None:
         rows, field = craft.contrastive_batch_size, "craft.contrastive_batch_size"

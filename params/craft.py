@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from params.bounds import Count, NonNegative, PartialShare, Positive, Ratio, Share
+from params.bounds import Bounds, Count, NonNegative, PartialShare, Positive, Ratio, Share
 
 Preset = Literal["minimal", "balanced", "memory_efficient", "large_batch", "aggressive"]
 BetaMode = Literal["fixed", "auto"]
 LengthStrategy = Literal["oversample", "cap", "auto_beta", "error"]
 Pooling = Literal["last_token", "mean", "cls", "weighted_mean"]
-NegativeStrategy = Literal["in_batch", "queue", "none"]
+NegativeStrategy = Literal["in_batch", "queue"]  # rows and pairs here bring no negatives of their own
 Balancing = Literal["none", "loss_scale", "uncertainty", "gradnorm", "pcgrad"]
+
+LEARNABLE_TEMPERATURE = Bounds(0.01, 1.0, high_included=True)  # where one is kept; CLIP (Radford et al. 2021)
 
 _SHARED: Mapping[str, Any] = {
     "gradient_balancing": "loss_scale",
@@ -62,7 +64,7 @@ CRAFT_PRESETS: Mapping[str, Mapping[str, Any]] = {
 class CraftParams:
     """Hyperparameters of the contrastive term (InfoNCE; van den Oord et al. 2018) beside the fine-tuning loss."""
 
-    enabled: bool = False  # False: plain fine-tuning, whatever else stands here
+    enabled: bool = False  # False: plain fine-tuning; any other setting of CRAFT is then an error
     preset: Preset | None = None  # starting values of the other fields; none: their defaults
     pairs: str = ""  # empty: prompt against answer; translations: captions of one image; a path or hub:ID with _tgt
     alpha: Share = 0.6  # weight of the fine-tuning loss; 1 - alpha weighs the contrastive one

@@ -164,6 +164,8 @@ def _flag_layer(flags: Mapping[str, Any], problems: list[str]) -> Layer:
         negated = name == "quantize" or value is False
         origin = f"--{'no-' * negated}{name.replace('_', '-')}"
         layer.update(dict.fromkeys(FLAGS.get(name, (name,)), Given(value, origin, isinstance(value, str))))
+    if given.get("craft_pairs"):  # whoever names pairs here wants them used; in a file they may wait for --craft
+        layer.setdefault("craft.enabled", Given(True, "--craft-pairs"))
     return layer
 
 

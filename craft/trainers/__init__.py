@@ -3,17 +3,28 @@
 import importlib
 from typing import Any
 
+from craft.config import _TRL_VERSION
+
 _MODULES = {
     "CRAFTTrainerMixin": "craft.trainers.mixin",
     "CRAFTPlan": "craft.trainers.plan",
     "CRAFTSFTTrainer": "craft.trainers.sft",
 }
 
+_OF_TRL = {"CRAFTSFTTrainer": "SFTTrainer"}  # and the trainer of TRL that it extends
+
 __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a trainer when it is asked for."""
+    """Import a trainer when it is asked for; ImportError naming the version of TRL for one that needs it."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_MODULES)}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    except ImportError as error:
+        if name not in _OF_TRL or (error.name or "").partition(".")[0] != "trl":
+            raise
+        raise ImportError(
+            f"{name} needs trl.{_OF_TRL[name]} of TRL {_TRL_VERSION} or newer: pip install 'trl>={_TRL_VERSION}'."
+        ) from error

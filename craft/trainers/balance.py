@@ -1,5 +1,6 @@
 """How the losses of an optimizer step are weighed and their gradients put together."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,6 @@ from craft.distributed import average_gradients
 from craft.gradient_balancing import GradNormBalancer, UncertaintyWeightingBalancer, create_gradient_balancer
 from craft.trainers.tasks import TaskGradients
 from craft.trainers.window import TASKS, Window
-
-UNCERTAINTY_LEARNING_RATE = 0.025  # of the log-variances, as GradNorm's weights have it (Chen 2018)
 
 
 class Balance:
@@ -41,6 +40,11 @@ class Balance:
         self.tasks: TaskGradients | None = None
         self._losses: dict[str, Tensor] = {}  # of this window so far
         self._seen: dict[str, tuple[float, float]] = {}  # task -> gradient norm and loss since GradNorm's last update
+
+    @property
+    def strategy(self) -> str:
+        """craft_gradient_balancing."""
+        return self.args.craft_gradient_balancing
 
     @property
     def separates(self) -> bool:
@@ -90,38 +94,40 @@ class Balance:
         mean = dict(zip(TASKS, averaged, strict=True))
         if self.tasks is not None:
             self._combine(self.tasks, mean, alphas, scale)
-        if self.balancer is not None:
-            ran = {task: loss for task, loss in mean.items() if self.window.batches(task)}
+        ran = {task: loss for task, loss in mean.items() if self.window.batches(task)}
+        # A loss that is not finite is the trainer's to deal with; balancing goes on with what it had.
+        if self.balancer is not None and all(loss.isfinite() for loss in ran.values()):
             self.weights = self.balancer.compute_weights(ran)
             self.balancer.step()
         self._losses = {}
         self.window = Window()
 
+    def forget(self) -> None:
+        """Drop the losses and gradients of a step that was not finished."""
+        self._losses = {}
+        self.window = Window()
+        if self.tasks is not None:
+            self.tasks.forget()
+
     def _combine(
         self, tasks: TaskGradients, losses: Mapping[str, Tensor], alphas: Mapping[str, float], scale: float
     ) -> None:
-        norms = {task: float(norm) / scale for task, norm in tasks.norms().items()}
+        # What each task's gradient was multiplied by: norms and limits are those of the gradient of its loss alone.
+        factors = {task: alphas[task] * self.weights[task] * scale for task in TASKS}
+        norms = {task: float(norm) / factors[task] for task, norm in tasks.norms().items() if factors[task] > 0}
         if "gradient_norm" in self.args.craft_report_metrics:
             for task, norm in norms.items():
                 self.note_norm(task, norm)
         if isinstance(self.balancer, GradNormBalancer):
-            self._feed(self.balancer, norms, losses, alphas)
+            self._feed(self.balancer, norms, losses)
         if self.args.craft_gradient_clip_per_task:
-            tasks.clip(self.args.craft_gradient_clip_value * scale)
+            tasks.clip({task: self.args.craft_gradient_clip_value * factor for task, factor in factors.items()})
         tasks.combine(project=self.args.craft_gradient_balancing == "pcgrad")
 
-    def _feed(
-        self,
-        balancer: GradNormBalancer,
-        norms: Mapping[str, float],
-        losses: Mapping[str, Tensor],
-        alphas: Mapping[str, float],
-    ) -> None:
+    def _feed(self, balancer: GradNormBalancer, norms: Mapping[str, float], losses: Mapping[str, Tensor]) -> None:
         """Give GradNorm the norms of the unweighted gradients, once each task has run: a step may hold one alone."""
-        for task, norm in norms.items():
-            factor = alphas[task] * self.weights[task]
-            if factor > 0:
-                self._seen[task] = (norm / factor, float(losses[task]))
+        found = {task: (norm, float(losses[task])) for task, norm in norms.items()}
+        self._seen |= {task: pair for task, pair in found.items() if all(map(math.isfinite, pair))}
         if len(self._seen) == len(TASKS):
             balancer.update(
                 {task: norm for task, (norm, _) in self._seen.items()},
@@ -132,10 +138,15 @@ class Balance:
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to remember, as JSON can hold it."""
         own = self.balancer.state_dict() if self.balancer is not None else {}
-        return {"weights": self.weights, "seen": self._seen, "balancer": own}
+        return {"strategy": self.strategy, "weights": self.weights, "seen": self._seen, "balancer": own}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; ValueError when it was balanced in another way."""
+        if state["strategy"] != self.strategy:
+            raise ValueError(
+                f"the checkpoint was saved with craft_gradient_balancing={state['strategy']!r}, and this run has "
+                f"{self.strategy!r}: resume with the one that the run began with."
+            )
         self.weights = dict(state["weights"])
         self._seen = {task: (norm, loss) for task, (norm, loss) in state["seen"].items()}
         if self.balancer is not None:

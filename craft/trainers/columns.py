@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craft.collate import ID_COLUMNS, IGNORED, SAMPLE_IDS, sample_ids
+from craft.collate import IGNORED, SAMPLE_ID_COLUMNS, SAMPLE_IDS, sample_ids
 from craft.config import CRAFTConfigMixin
 from craft.spans import MASK_KEYS
 
@@ -16,14 +16,14 @@ Collator = Callable[[list[Any]], Any]
 def own_columns(args: CRAFTConfigMixin) -> list[str]:
     """Names of the columns that self_align reads and a trainer does not know as inputs of its model."""
     named = (args.craft_assistant_mask_key, args.craft_contrastive_keys["anchor_labels"])
-    return list(dict.fromkeys([*(name for name in named if name and name != "labels"), *MASK_KEYS, *ID_COLUMNS]))
+    return list(dict.fromkeys([*(name for name in named if name and name != "labels"), *MASK_KEYS, *SAMPLE_ID_COLUMNS]))
 
 
 class KeepingCollator:
     """Collates with another collator, which sees none of ``columns``, and adds them to its batch.
 
-    ``columns`` are masks and the column ``label_key`` with an entry for each token, and sample ids; ``keep_end`` says which end of a
-    text was kept where a trainer has cut it to its maximal length.
+    ``columns`` are masks and the column ``label_key`` with an entry for each token, and sample ids; ``keep_end`` says
+    which end of a text was kept where a trainer has cut it to its maximal length.
     Errors: ValueError naming the row whose column does not fit its tokens.
     """
 
@@ -38,7 +38,7 @@ class KeepingCollator:
         batch = self.collator([{name: row[name] for name in row if name not in self.columns} for row in rows])
         present = [name for name in self.columns if name in rows[0]]
         for name in present:
-            if name not in ID_COLUMNS:
+            if name not in SAMPLE_ID_COLUMNS:
                 batch[name] = self._padded(name, rows, batch)
         ids = sample_ids({name: [row[name] for row in rows] for name in present})
         if ids is not None:

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from craft.collate import PER_TOKEN, POOLING_MASK, SAMPLE_IDS, SUFFIX, TOKEN_MARKS
 from craft.gradcache import grad_cache, split_rows
 from craft.hooks import get_backbone, get_decoder, last_hidden_state, unwrap
+from craft.mixing import BATCH_TYPE
 from craft.negatives import hash_tokens
 from craft.spans import MASK_KEYS
 
 # Keys of a batch that are about its rows and not for the model.
-BATCH_TYPE = "craft_batch_type"
-SAMPLE_IDS = "craft_sample_ids"
-POOLING_MASK = "craft_pooling_mask"
 OWN_KEYS = (BATCH_TYPE, SAMPLE_IDS, POOLING_MASK, f"{POOLING_MASK}_tgt", *MASK_KEYS)
-TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids", POOLING_MASK)
+TEXT_KEYS = PER_TOKEN  # a side with other keys has more than its text
 
 Inputs = dict[str, Tensor]
 
@@ -124,40 +123,57 @@ class Encoder:
             return last_hidden_state(own(**inputs, **without_cache, output_hidden_states=True))
 
 
+def anchor_rows(batch: Mapping[str, Any], keys: Mapping[str, str]) -> int:
+    """Return the number of anchors of a batch of pairs; ValueError as split_sides raises it where there are none."""
+    ids_BT = batch.get(keys["anchor_input_ids"])
+    if isinstance(ids_BT, Tensor):
+        return len(ids_BT)
+    return len(split_sides(batch, keys)[0].mask_BT)
+
+
 def split_sides(batch: Mapping[str, Any], keys: Mapping[str, str]) -> tuple[Side, Side, list[Side]]:
     """Part a batch of pairs into its anchors, its positives and its hard negatives.
 
     ``keys`` are craft_contrastive_keys. Every tensor whose name ends in ``_tgt`` is an input of the positives, in
-    ``_neg`` or ``_neg_N`` of hard negatives, any other of the anchors. ValueError names the columns that are missing.
+    ``_neg`` or ``_neg_N`` of hard negatives, any other of the anchors; labels and masks that no model reads are left
+    out. ValueError names the columns that are missing.
     """
-    anchor: Inputs = {}
-    positive: Inputs = {}
-    negatives: dict[str, Inputs] = {}
+    sides: dict[str, Inputs] = {"": {}, "_tgt": {}}
     renamed = {
         keys["positive_input_ids"]: "input_ids_tgt",
         keys["positive_attention_mask"]: "attention_mask_tgt",
         keys["anchor_input_ids"]: "input_ids",
         keys["anchor_attention_mask"]: "attention_mask",
     }
+    displaced = {name for column, name in renamed.items() if column in batch} - renamed.keys()
     for column, value in batch.items():
         name = renamed.get(column, column)
-        if not isinstance(value, Tensor) or name in (SAMPLE_IDS, keys["anchor_labels"], "labels", *MASK_KEYS):
+        suffix = match.group() if (match := SUFFIX.search(name)) else ""
+        stem = name.removesuffix(suffix)
+        if not isinstance(value, Tensor) or column in displaced or name in (SAMPLE_IDS, keys["anchor_labels"]):
             continue
-        if name.endswith("_tgt"):
-            positive[name.removesuffix("_tgt")] = value
-        elif "_neg" in name:
-            stem, _, number = name.partition("_neg")
-            negatives.setdefault(number, {})[stem] = value
-        else:
-            anchor[name] = value
-    positive.pop("labels", None)
-    for side, column in ((anchor, keys["anchor_input_ids"]), (positive, keys["positive_input_ids"])):
-        if "input_ids" not in side:
-            raise ValueError(
-                f"a contrastive batch has no column {column!r}; it has {', '.join(map(str, batch))}. Give the pairs "
-                "input_ids and input_ids_tgt, or map your names with craft_contrastive_keys."
-            )
-    return _side(anchor), _side(positive), [_side(inputs) for inputs in negatives.values()]
+        if stem not in TOKEN_MARKS or stem == POOLING_MASK:
+            sides.setdefault(suffix, {})[stem] = value
+    named = {"": keys["anchor_input_ids"], "_tgt": keys["positive_input_ids"]}
+    for suffix, inputs in sides.items():
+        if "input_ids" not in inputs:
+            raise ValueError(_without_tokens(batch, named.get(suffix, f"input_ids{suffix}")))
+    anchor, positive, *negatives = map(_side, sides.values())
+    return anchor, positive, negatives
+
+
+def _without_tokens(batch: Mapping[str, Any], column: str) -> str:
+    """The message for a batch of pairs without the tokens of a side."""
+    if column in batch:
+        return (
+            f"column {column!r} of a contrastive batch is a {type(batch[column]).__name__}: a tensor [rows, tokens] is "
+            "needed. Collate the pairs with CRAFTCollator()."
+        )
+    return (
+        f"a contrastive batch has no column {column!r}; it has {', '.join(map(str, batch))}. Give the pairs input_ids "
+        "and input_ids_tgt (texts become such with craft.pairs.tokenize_pairs), or map your names with "
+        "craft_contrastive_keys."
+    )
 
 
 def _side(inputs: Inputs) -> Side:

@@ -1,5 +1,6 @@
 """The figures of a CRAFT run: what is logged under which key, averaged over the logging window and all ranks."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,7 +17,9 @@ ACCURACY = "metrics/craft_contrastive_accuracy"
 CONSISTENCY = "metrics/craft_representation_consistency"
 TEMPERATURE = "metrics/craft_temperature"
 GRADIENT_NORM = "metrics/craft_gradient_norm"
+CONTRASTED = "contrasted"  # share of the anchors that had a negative; not logged
 NAMES = (
+    CONTRASTED,
     SFT_LOSS,
     CONTRASTIVE_LOSS,
     ACCURACY,
@@ -24,6 +27,12 @@ NAMES = (
     TEMPERATURE,
     f"{GRADIENT_NORM}_sft",
     f"{GRADIENT_NORM}_contrast",
+)
+NOTHING_TO_CONTRAST = (
+    "InfoNCE has nothing to contrast: no anchor of this logging window had a negative, so that the contrastive loss is "
+    "0 and no accuracy is reported. The batch holds one pair, or copies of one (equal texts and equal sample ids are "
+    "no negatives). Give more different pairs, raise the batch size (craft_contrastive_batch_size for pairs), use "
+    "craft_negative_strategy='queue', or give the pairs columns input_ids_neg."
 )
 
 
@@ -36,6 +45,7 @@ class Journal:
         self.latest: dict[str, float] = {}  # what was logged last
         self.reference: Tensor | None = None  # running mean of the anchors
         self.meter = Meter(device)
+        self._warned = False
 
     def note_sft(self, total: Tensor, weight: Tensor | float) -> None:
         """Add a micro-batch's SFT loss: the sum over its tokens and their number, or a mean that weighs 1."""
@@ -46,6 +56,8 @@ class Journal:
     ) -> None:
         """Add a contrastive micro-batch; a ``temperature`` that is None is not logged."""
         self.meter.add(CONTRASTIVE_LOSS, losses_B.detach().sum(), float(len(losses_B)))
+        if isinstance(found, InfoNCEOutput):
+            self.meter.add(CONTRASTED, found.contrasted_B.sum(), float(len(losses_B)))
         if "contrastive_accuracy" in self.wanted and isinstance(found, InfoNCEOutput):
             right_B = found.correct_B & found.contrasted_B  # an anchor without negatives proves nothing
             self.meter.add(ACCURACY, right_B.sum(), found.contrasted_B.sum())
@@ -67,9 +79,14 @@ class Journal:
         """The means since the last flush; all ranks take part."""
         found = self.meter.flush(NAMES)
         weighted = ((SFT_LOSS, self.alpha), (CONTRASTIVE_LOSS, 1 - self.alpha))
-        parts = [weight * found[name] for name, weight in weighted if name in found]
-        self.latest = {**found, **({TOTAL_LOSS: sum(parts)} if parts else {})}
-        return self.latest
+        if all(name in found for name, _ in weighted):  # a window may hold one kind alone: its part is no total
+            found[TOTAL_LOSS] = sum(weight * found[name] for name, weight in weighted)
+        contrasted = found.pop(CONTRASTED, None)
+        if contrasted == 0 and not self._warned:
+            self._warned = True
+            warnings.warn(NOTHING_TO_CONTRAST, stacklevel=2)
+        self.latest = found
+        return dict(found)
 
     def sums(self) -> dict[str, tuple[float, float]]:
         """The sums since the last flush over all ranks, for a checkpoint; all ranks take part."""

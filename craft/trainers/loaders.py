@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from craft.accumulator import compute_batch_distribution
 from craft.collate import CRAFTCollator
 from craft.data import CRAFTMixedDataLoader, MixedCollator, MixedRows, may_pack
 from craft.distributed import rank, world_size
-from craft.pairs import tokenize_pairs
+from craft.pairs import has_pairs, tokenize_pairs
 from craft.sampler import TaskBatchSampler, mixed_seed
 from craft.spans import NEEDS_SPANS, assistant_mask_of
 from craft.trainers.columns import KeepingCollator, own_columns
@@ -24,7 +24,6 @@ from craft.trainers.plan import CRAFTPlan
 from craft.trainers.window import CONTRASTIVE, SFT
 
 LOOKED_AT = 2  # batches in which self_align must find an answer before training
-TEXT_COLUMNS = {"text", "prompt", "messages", "conversations", "input_ids"}
 
 
 class Loaders:
@@ -49,6 +48,7 @@ class Loaders:
         self.shares: Mapping[str, float] = {SFT: 1.0, CONTRASTIVE: 1.0}  # of the optimizer steps that hold the kind
         self._mixed: CRAFTMixedDataLoader | None = None
         self._given = (sft_loader, contrastive_loader)
+        self._refuse_unread(contrastive_loader, "craft_contrastive_loader")
         self._factory = factory
         self._collator = collator
         self._own_pad_token()
@@ -58,6 +58,14 @@ class Loaders:
         self._keep_columns()
 
     # Data
+
+    def _refuse_unread(self, given: Any, name: str) -> None:
+        """ValueError for what is given for pairs although there are none."""
+        if given is not None and self.bundle.strategy == "self_align":
+            raise ValueError(
+                f"strategy='self_align' takes its pairs from the SFT rows and would not read {name}. Leave it out, or "
+                "pass the pairs: craft_bundle=make_craft_datasets(rows, contrastive_dataset=pairs)."
+            )
 
     def _own_pad_token(self) -> None:
         """Tell a plain CRAFTCollator() what the model is padded with."""
@@ -70,17 +78,21 @@ class Loaders:
         return getattr(getattr(processing_class, "tokenizer", processing_class), name, None)
 
     def _prepared_pairs(self) -> Any:
-        """The contrastive rows, tokenised when they are texts; rows of another kind are left to their collator."""
+        """The contrastive rows as tokens; what has a collator or loader of its own is left to it as it is."""
         pairs = self.bundle.contrastive_dataset
-        if not isinstance(pairs, Dataset) or not TEXT_COLUMNS & set(pairs.column_names):
+        own_collator = self._collator is not None and not isinstance(self._collator, CRAFTCollator)
+        own_stream = isinstance(pairs, torch.utils.data.IterableDataset) and not isinstance(pairs, IterableDataset)
+        if pairs is None or own_collator or own_stream or self._given[1] is not None:
+            return pairs
+        names = {
+            "text_field": getattr(self.trainer.args, "dataset_text_field", "text"),
+            "contrastive_keys": self.args.craft_contrastive_keys,
+        }
+        if self._factory is not None and not has_pairs(pairs, **names):
             return pairs
         processing_class = getattr(self.trainer, "processing_class", None)
-        return tokenize_pairs(
-            pairs,
-            getattr(processing_class, "tokenizer", processing_class),
-            max_length=getattr(self.trainer.args, "max_length", None),
-            contrastive_keys=self.args.craft_contrastive_keys,
-        )
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        return tokenize_pairs(pairs, tokenizer, max_length=getattr(self.trainer.args, "max_length", None), **names)
 
     def _refuse_packing(self) -> None:
         """ValueError where several texts may stand in one row: their vectors would be mixed."""
@@ -133,8 +145,13 @@ class Loaders:
 
     def build(self, own: Callable[[], DataLoader]) -> Any:
         """The train loader; ``own`` makes the one that the trainer would have without CRAFT."""
+        rows = getattr(self.trainer, "train_dataset", None)
+        if isinstance(rows, Sized) and not len(rows):
+            raise ValueError(
+                "no SFT row is left to train on: every one was empty, or lost its labels when it was cut. Raise "
+                "max_length, or look at the labels."
+            )
         sft_loader, contrastive_loader = self._given_loaders()
-        self._warn_without_negatives()
         if self.bundle.strategy == "self_align":
             loader = own() if sft_loader is None else self._placed(sft_loader)
             self._check_answers(loader)
@@ -150,6 +167,7 @@ class Loaders:
         )
         self.shares = {SFT: mixed.sft_share, CONTRASTIVE: mixed.contrastive_share}
         self._mixed = mixed
+        self.__dict__.pop("_figures", None)  # what was known of the loaders before they were there
         return mixed
 
     def begin_epoch(self, global_step: int) -> None:
@@ -165,6 +183,7 @@ class Loaders:
             raise ValueError(
                 "craft_loader_factory must return (sft_loader, contrastive_loader), the second None for the default."
             )
+        self._refuse_unread(made[1], "the second loader of craft_loader_factory")
         return made
 
     def _one_loader(self) -> DataLoader:
@@ -175,7 +194,7 @@ class Loaders:
             rows = trainer._remove_unused_columns(rows, description="Training")
         else:
             collator = trainer._get_collator_with_removed_columns(collator, description="Training")
-        sampler = self._sampler()
+        sampler = self._sampler
         self.shares = {SFT: sampler.plan.sft_share, CONTRASTIVE: sampler.plan.contrastive_share}
         loader = DataLoader(
             MixedRows(rows, self._pairs),
@@ -187,6 +206,7 @@ class Loaders:
             loader, device=args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
+    @cached_property
     def _sampler(self) -> TaskBatchSampler:
         args, rows = self.trainer.args, self.trainer.train_dataset
 
@@ -223,7 +243,14 @@ class Loaders:
     def _placed(self, loader: Any) -> Any:
         """A torch DataLoader divided among ranks and put on the device, as accelerate does; any other as it is."""
         accelerator = getattr(self.trainer, "accelerator", None)
-        return accelerator.prepare(loader) if type(loader) is DataLoader and accelerator is not None else loader
+        if isinstance(loader, DataLoader) and accelerator is not None:
+            return accelerator.prepare(loader)
+        if world_size() > 1:
+            raise ValueError(
+                f"a loader of type {type(loader).__name__} cannot be divided among the {world_size()} processes: each "
+                "would read all of its rows. Pass a torch DataLoader, or one made by accelerator.prepare."
+            )
+        return loader
 
     def _workers(self) -> dict[str, Any]:
         args = self.trainer.args
@@ -276,8 +303,9 @@ class Loaders:
             return
         keys = self.args.craft_contrastive_keys
         seen: list[Mapping[str, Any]] = []
+        batches = getattr(loader, "base_dataloader", loader)
         with torch.random.fork_rng(devices=[]):  # looking must not change what is drawn
-            for batch in islice(iter(getattr(loader, "base_dataloader", loader)), LOOKED_AT):
+            for batch in islice(batches if isinstance(batches, Iterable) else (), LOOKED_AT):
                 if not isinstance(batch, Mapping):
                     continue
                 seen.append(batch)
@@ -296,39 +324,55 @@ class Loaders:
             "the mask."
         )
 
-    def _warn_without_negatives(self) -> None:
-        plan = self.plan()
-        if plan.negatives_per_anchor == 0:
-            warnings.warn(
-                "InfoNCE has no negatives: each anchor meets its own positive alone, so that the contrastive loss is 0 "
-                "and no accuracy is reported. Raise the batch size (craft_contrastive_batch_size for pairs), use "
-                "craft_negative_strategy='queue', or give the pairs columns input_ids_neg.",
-                stacklevel=2,
-            )
+    @cached_property
+    def _figures(self) -> tuple[int, int, int | None]:
+        """SFT and contrastive micro-batches of a full step, and steps an epoch where they are known."""
+        accumulation = self.trainer.args.gradient_accumulation_steps
+        if self.bundle.strategy == "self_align":
+            return accumulation, accumulation, None
+        if self._mixed is not None:
+            known = self._mixed.plan
+        else:
+            own = self._given == (None, None) and self._factory is None and self._sized
+            known = self._sampler.plan if own else None
+        if known is None:
+            return *compute_batch_distribution(self.args.craft_beta, accumulation), None
+        self.shares = {SFT: known.sft_share, CONTRASTIVE: known.contrastive_share}
+        return *known.windows[0], known.steps
 
     def plan(self) -> CRAFTPlan:
         """The figures of a full optimizer step; what a user's own loader yields is taken to be as configured."""
-        args, accumulation = self.args, self.trainer.args.gradient_accumulation_steps
-        self_aligned = self.bundle.strategy == "self_align"
-        known = self._mixed.plan if self._mixed is not None else None
-        if self_aligned:
-            n_sft = n_contrastive = accumulation
-            batch = self.trainer.args.per_device_train_batch_size
-        else:
-            if self._given == (None, None) and self._factory is None and self._sized:
-                known = self._sampler().plan
-            n_sft, n_contrastive = (
-                known.windows[0] if known else compute_batch_distribution(args.craft_beta, accumulation)
-            )
-            batch = self._contrastive_batch_size
-        in_batch = 0 if args.craft_negative_strategy == "none" else batch * world_size() - 1
-        queue = self.queue_rows if args.craft_negative_strategy == "queue" else 0
+        n_sft, n_contrastive, steps = self._figures
         return CRAFTPlan(
             strategy=self.bundle.strategy,
             n_sft=n_sft,
             n_contrastive=n_contrastive,
-            effective_alpha=args.craft_alpha,
-            negatives_per_anchor=in_batch + queue,
-            queue_size=queue,
-            steps_per_epoch=known.steps if known else None,
+            shares=(self.shares[SFT], self.shares[CONTRASTIVE]),
+            effective_alpha=self.args.craft_alpha,
+            balancing=self.args.craft_gradient_balancing,
+            negatives_per_anchor=self._in_batch() + self._hard() + self._queued,
+            queue_size=self._queued,
+            steps_per_epoch=steps,
         )
+
+    @property
+    def _queued(self) -> int:
+        return self.queue_rows if self.args.craft_negative_strategy == "queue" else 0
+
+    def _in_batch(self) -> int:
+        """Other rows that an anchor meets in a full micro-batch of all ranks."""
+        if self.args.craft_negative_strategy == "none":
+            return 0
+        own = self.trainer.args.per_device_train_batch_size
+        size = own if self.bundle.strategy == "self_align" else self._contrastive_batch_size
+        given = self._given[0 if self.bundle.strategy == "self_align" else 1]
+        size = getattr(given, "batch_size", None) or size
+        rows = self.contrastive_rows() if given is None else None
+        together = size * world_size()
+        return max((together if rows is None else min(together, rows)) - 1, 0)
+
+    def _hard(self) -> int:
+        """Hard negatives that come with a micro-batch of pairs on this rank."""
+        names = getattr(self._pairs, "column_names", None) or ()
+        columns = sum(name.startswith("input_ids_neg") for name in names)
+        return columns * self._contrastive_batch_size * world_size()

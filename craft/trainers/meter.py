@@ -19,6 +19,7 @@ class Meter:
         pair = torch.stack(
             [torch.as_tensor(value).detach().to(self.device, torch.float64) for value in (total, weight)]
         )
+        pair = torch.where(pair.isfinite().all(), pair, 0.0)  # one overflow must not be all that a window shows
         before = self._sums.get(name)
         self._sums[name] = pair if before is None else before + pair
 

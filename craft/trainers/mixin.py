@@ -8,8 +8,8 @@ The mixin averages gradients over ranks itself, once per optimizer step: what th
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,22 +17,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer
 
 from craft.config import craft_settings
-from craft.data import CRAFTDatasetBundle, make_craft_datasets
+from craft.data import CRAFTDatasetBundle
 from craft.distributed import sum_over_ranks, world_size
-from craft.hooks import hidden_size_of, unwrap
+from craft.hooks import hidden_size_of
 from craft.losses import InfoNCELoss, InfoNCEOutput
 from craft.negatives import hash_tokens
 from craft.pooling import pool_hidden_states
 from craft.spans import Spans, self_align_spans
-from craft.trainers.balance import UNCERTAINTY_LEARNING_RATE, Balance
-from craft.trainers.encode import BATCH_TYPE, OWN_KEYS, Encoder, HiddenStateRecorder, Side, pair_ids, split_sides
+from craft.trainers.balance import Balance
+from craft.trainers.callback import BesideTheLoop
+from craft.trainers.encode import (
+    BATCH_TYPE,
+    OWN_KEYS,
+    Encoder,
+    HiddenStateRecorder,
+    Side,
+    anchor_rows,
+    pair_ids,
+    split_sides,
+)
 from craft.trainers.journal import Journal
 from craft.trainers.loaders import Loaders
 from craft.trainers.objective import ContrastiveObjective
+from craft.trainers.optimizer import add_parameters
 from craft.trainers.plan import CRAFTPlan
+from craft.trainers.setup import (
+    accumulation_of,
+    bundle_of,
+    output_device,
+    refuse_offloading,
+    refuse_other_parallelism,
+    warn_of_first_tokens,
+)
 from craft.trainers.state import load_checkpoint, refuse_other_kind, save_checkpoint
 from craft.trainers.window import CONTRASTIVE, SFT, Window
 
@@ -45,8 +64,11 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     ``args`` carries the fields of CRAFTConfigMixin. Keywords: ``craft_bundle``, or ``contrastive_dataset`` with
     ``craft_strategy``; ``craft_collator`` for the pairs; ``craft_sft_loader`` and ``craft_contrastive_loader``, or a
     ``craft_loader_factory(trainer) -> (sft_loader, contrastive_loader or None)``. With ``craft_alpha=1`` nothing
-    differs from the class it is mixed into. Override ``_compute_craft_contrastive_loss`` for negatives of your own.
+    differs from the class it is mixed into, but that a given SFT loader is used. Override
+    ``_compute_craft_contrastive_loss`` for negatives of your own.
     """
+
+    _signature_columns: list[str] | None  # of Trainer
 
     def __init__(
         self,
@@ -63,9 +85,10 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         super().__init__(*args, **kwargs)
         self.craft_args = craft_settings(self.args)
         self.craft_enabled = self.craft_args.craft_alpha < 1
+        self.craft_bundle = bundle_of(self, craft_bundle, contrastive_dataset, craft_strategy)
         if not self.craft_enabled:
+            self._craft_plain_loader = craft_sft_loader, craft_loader_factory
             return
-        self.craft_bundle = _bundle(self, craft_bundle, contrastive_dataset, craft_strategy)
         self._craft_loaders = Loaders(
             self,
             collator=craft_collator,
@@ -75,13 +98,15 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         )
         self._craft_build()
         if isinstance(self, Trainer):
-            _refuse_other_parallelism(self)
+            refuse_other_parallelism(self)
+            refuse_offloading(self)
+            warn_of_first_tokens(self)
             self.loss_is_scaled_for_ga = True  # the weights are those of the whole window
-            self.add_callback(_BesideTheLoop(self))
+            self.add_callback(BesideTheLoop(self))
 
     def _craft_build(self) -> None:
         """The head, the objective, the balance of the losses and the sums for the log."""
-        args, device = self.craft_args, _output_device(self.model)
+        args, device = self.craft_args, output_device(self.model)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(getattr(self.args, "seed", 0))  # the same head on every rank, and no draw from the run's
             self.craft_loss = InfoNCELoss(
@@ -98,6 +123,7 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             symmetric=args.craft_symmetric,
             queue_size=self._craft_loaders.queue_rows,
             dim=args.craft_projection_dim,
+            device=device,
         )
         self._craft_encoder = Encoder(
             embed=self._craft_embed,
@@ -123,9 +149,12 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     def get_train_dataloader(self) -> DataLoader:
         """The loader of both kinds of batches; with alpha 1 or self_align the trainer's own."""
         if not self.craft_enabled:
-            return super().get_train_dataloader()
+            sft_loader, factory = self._craft_plain_loader
+            if factory is not None:
+                sft_loader = factory(self)[0]
+            return super().get_train_dataloader() if sft_loader is None else self.accelerator.prepare(sft_loader)
         loader = self._craft_loaders.build(super().get_train_dataloader)
-        logger.info("CRAFT: %s", self.craft_plan)
+        logger.log(logging.WARNING if self.craft_args.craft_debug else logging.INFO, "CRAFT: %s", self.craft_plan)
         return loader
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -149,8 +178,9 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             contrastive_batches=len(pairs),
         )
         if self.craft_args.craft_debug:
-            logger.info("CRAFT step: %s", self._craft_balance.window)
-        return items
+            logger.warning("CRAFT step: %s, weights %s", self._craft_balance.window, self._craft_balance.weights)
+        # Without a single label token the trainer's loss is a sum of nothing: 0, and not 0 / 0.
+        return items.clamp(min=1) if isinstance(items, Tensor) else items and max(items, 1)
 
     @property
     def _craft_self_aligned(self) -> bool:
@@ -159,7 +189,7 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     def _craft_anchors(self, batch: Mapping[str, Any]) -> int:
         if self._craft_self_aligned:
             return int(self._craft_spans(batch).valid_B.sum())
-        return len(batch[self.craft_args.craft_contrastive_keys["anchor_input_ids"]])
+        return anchor_rows(batch, self.craft_args.craft_contrastive_keys)
 
     def _craft_spans(self, batch: Mapping[str, Any]) -> Spans:
         args = self.craft_args
@@ -182,6 +212,7 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             return super().compute_loss(model, self._craft_for_model(inputs), return_outputs, num_items_in_batch)
         if _task_of(inputs) == CONTRASTIVE:
             loss, outputs = self._craft_pair_loss(inputs), None
+            loss = loss.to(getattr(self.args, "device", loss.device))  # a model over several GPUs ends on the last
         elif self._craft_self_aligned:
             loss, outputs = self._craft_joint_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
@@ -202,7 +233,7 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     ) -> tuple[Tensor, Any]:
         """The trainer's own loss with its weight in the objective."""
         batches = self._craft_balance.window.sft_batches
-        with _accumulation_of(self, batches):
+        with accumulation_of(self, batches):
             found = super().compute_loss(model, self._craft_for_model(inputs), return_outputs, items)
         loss, outputs = found if return_outputs else (found, None)
         if items is None:  # a mean over the micro-batch
@@ -222,16 +253,17 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             sft, outputs = self._craft_base_loss(model, {**inputs, **recorder.extra_inputs}, return_outputs, items)
         contrastive = self._craft_self_align_loss(recorder.take(), inputs)
         if self._craft_balance.tasks is None:
-            return sft + contrastive, outputs
+            return sft + contrastive.to(sft.device), outputs
         with self._craft_balance.running(CONTRASTIVE):  # the graph is shared: each task's gradient takes its own pass
             self.accelerator.backward(contrastive, retain_graph=True)
-        return sft + contrastive.detach(), outputs
+        return sft + contrastive.detach().to(sft.device), outputs
 
     def _craft_self_align_loss(self, hidden_BTH: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         spans = self._craft_spans(inputs)
         rows = spans.valid_B.nonzero()[:, 0]
-        hidden_BTH = hidden_BTH[rows.to(hidden_BTH.device)]
         masks = spans.anchor_BT[rows], spans.positive_BT[rows]
+        if len(rows) < len(hidden_BTH):  # all of them as a rule, which spares a copy and its gradient
+            hidden_BTH = hidden_BTH[rows.to(hidden_BTH.device)]
         anchors_BD, positives_BD = (self._craft_embed(hidden_BTH, mask_BT) for mask_BT in masks)
         own = {name: value for name, value in self._craft_for_model(inputs).items() if isinstance(value, Tensor)}
         own.pop("labels", None)
@@ -346,34 +378,10 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self.craft_enabled:
             return optimizer
-        if self.craft_loss.projector is None:
-            raise ValueError(
-                f"the hidden size of {type(self.model).__name__} is not in its config, so the projection head cannot "
-                "be made before the first batch. Give the model a config with hidden_size."
-            )
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in known for parameter in self.craft_parameters()):
-            if self.lr_scheduler is not None:
-                raise ValueError(
-                    "the learning-rate scheduler was made for an optimizer without CRAFT's projection head. Pass "
-                    "optimizers=(optimizer, None): the trainer then makes a scheduler of args.lr_scheduler_type."
-                )
-            for group in self._craft_groups():
-                optimizer.add_param_group(group)
+        add_parameters(self, optimizer)
         shared = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._craft_balance.separate(shared=shared, own=self.craft_parameters())
         return optimizer
-
-    def _craft_groups(self) -> list[dict[str, Any]]:
-        rate, decay = self.args.learning_rate, self.args.weight_decay
-        matrices = [parameter for parameter in self.craft_loss.parameters() if parameter.dim() > 1]
-        plain = [parameter for parameter in self.craft_loss.parameters() if parameter.dim() <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "lr": rate, "weight_decay": decay},
-            {"params": plain, "lr": rate, "weight_decay": 0.0},  # biases and the temperature
-            {"params": self._craft_balance.parameters(), "lr": UNCERTAINTY_LEARNING_RATE, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -392,10 +400,9 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; in a checkpoint also what CRAFT needs to go on, which no exported model carries."""
         super().save_model(output_dir, _internal_call)
-        if self.craft_enabled and _internal_call:
+        if self.craft_enabled and _internal_call and output_dir is not None:  # without one it is pushed: an export
             sums = self._craft_journal.sums()  # of all ranks
             if self.args.should_save:
-                assert output_dir is not None
                 save_checkpoint(Path(output_dir), self, sums)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -406,68 +413,5 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
-class _BesideTheLoop(TrainerCallback):
-    """What the training loop does for the model and its own loader, done for the head and for mixed loaders."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        """Tell a mixed loader its epoch, which a resumed run begins in the middle of."""
-        self.trainer._craft_loaders.begin_epoch(state.global_step)
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Keep a learnable temperature in its range; drop the gradients that model.zero_grad() does not reach."""
-        self.trainer.craft_loss.clamp_temperature()
-        for parameter in self.trainer.craft_parameters():
-            parameter.grad = None
-
-
-@contextmanager
-def _accumulation_of(trainer: Any, steps: int) -> Iterator[None]:
-    """Let a loss that averages a term over the accumulation steps, such as the one of experts, count its own alone."""
-    before = getattr(trainer, "current_gradient_accumulation_steps", None)
-    trainer.current_gradient_accumulation_steps = steps
-    try:
-        yield
-    finally:
-        trainer.current_gradient_accumulation_steps = before
-
-
-def _bundle(
-    trainer: Any, bundle: CRAFTDatasetBundle | None, contrastive_dataset: Any, strategy: str | None
-) -> CRAFTDatasetBundle:
-    if bundle is not None:
-        if contrastive_dataset is not None or strategy is not None:
-            raise ValueError("pass either craft_bundle, or contrastive_dataset and craft_strategy, not both.")
-        return bundle
-    rows = getattr(trainer, "train_dataset", None)
-    strategy = strategy or ("self_align" if contrastive_dataset is None else "paired_dataset")
-    return make_craft_datasets(rows, contrastive_dataset=contrastive_dataset, strategy=strategy)
-
-
-def _refuse_other_parallelism(trainer: Trainer) -> None:
-    """ValueError where gradients are not this mixin's to average."""
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            "CRAFT does not run in nn.DataParallel, whose replicas hide the hidden states: launch one process per GPU "
-            "with torchrun or accelerate launch, or show one GPU with CUDA_VISIBLE_DEVICES."
-        )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            "CRAFT keeps each task's gradient whole until the optimizer step, which DeepSpeed ZeRO and FSDP do not "
-            "allow: they reduce and shard gradients in the backward pass. Use DDP (torchrun without a DeepSpeed or "
-            "FSDP config), or craft_alpha=1."
-        )
-
-
 def _task_of(batch: Mapping[str, Any]) -> str:
     return SFT if batch.get(BATCH_TYPE, SFT) == SFT else CONTRASTIVE
-
-
-def _output_device(model: nn.Module) -> torch.device:
-    """Where a model's last hidden state is; the CPU for a model without parameters."""
-    own = unwrap(model)
-    head = own.get_output_embeddings() if isinstance(own, PreTrainedModel) else None
-    parameter = next((head if head is not None else own).parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

@@ -11,10 +11,12 @@ from craft.negatives import CachedEmbeddingBank, duplicates
 class ContrastiveObjective:
     """Gathers the positives of all ranks, masks duplicates, adds the queue, and keeps what is to be enqueued."""
 
-    def __init__(self, *, strategy: str, symmetric: bool, queue_size: int, dim: int) -> None:
+    def __init__(
+        self, *, strategy: str, symmetric: bool, queue_size: int, dim: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.strategy = strategy
         self.symmetric = symmetric
-        self.queue = CachedEmbeddingBank(dim, bank_size=queue_size) if strategy == "queue" else None
+        self.queue = CachedEmbeddingBank(dim, bank_size=queue_size, device=device) if strategy == "queue" else None
         self.connection: Tensor | None = None  # a zero through which every rank takes part in the backward collectives
         self._waiting: tuple[Tensor, Tensor] | None = None  # positives of all ranks and their ids, to be enqueued
 
@@ -67,6 +69,10 @@ class ContrastiveObjective:
         if self.queue is not None and self._waiting is not None:
             self.queue.enqueue(*self._waiting)
             self._waiting = None
+
+    def forget(self) -> None:
+        """Drop what waits to be enqueued, of a step that was not finished."""
+        self._waiting = self.connection = None
 
     def _excluded(self, ids_B3: Tensor, ids_M3: Tensor, *, rows: int, offset: int) -> Tensor:
         if self.strategy == "none":

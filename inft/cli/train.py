@@ -61,8 +61,8 @@ CraftPairs = Annotated[
     str | None,
     _text(
         metavar="translations|PATH|hub:ID",
-        words="With CRAFT, contrast pairs of texts instead: the captions of one image in different languages, or a "
-        "data set with columns text and text_tgt.",
+        words="Turn CRAFT on with pairs of texts instead: the captions of one image in different languages, or a data "
+        "set with columns text and text_tgt.",
     ),
 ]
 NoQuantize = Annotated[bool, _switch("--no-quantize", "Train LoRA on unquantised weights.")]

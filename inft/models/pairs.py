@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from craft.collate import SAMPLE_IDS
 from inft.models.collate import IGNORED, CaptionCollator
 from inft.sample import Pair, Sample
 
@@ -27,7 +28,7 @@ class PairCollator:
             **self._side([pair.anchor for pair in pairs], ""),
             **self._side([pair.positive for pair in pairs], "_tgt"),
         }
-        batch["craft_sample_ids"] = torch.tensor([pair.id for pair in pairs], dtype=torch.int64)
+        batch[SAMPLE_IDS] = torch.tensor([pair.id for pair in pairs], dtype=torch.int64)
         return batch
 
     def lengths(self, pairs: Sequence[Pair]) -> list[int]:

@@ -1,6 +1,8 @@
 """The contrastive side of a run (CRAFT): its pairs, and what they add to the plan."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -34,8 +36,9 @@ class ContrastFigures:
     n_sft: tuple[int, int]  # fewest and most micro-batches of fine-tuning in an optimizer step
     n_con: tuple[int, int]  # of contrast; in self-alignment each micro-batch is both
     alpha: float  # share of the fine-tuning gradient in the sum, whatever n_sft and n_con
-    negatives: int  # per anchor, from the batches of all processes
+    negatives: int  # at most, per anchor, from the batches of all processes
     queued: int  # and at most from earlier batches, each row or pair once
+    left_out: tuple[int, int]  # fine-tuning and contrastive micro-batches of an epoch that find no step
 
 
 def read_contrast(
@@ -99,10 +102,11 @@ def plan_windows(params: TrainParams, *, rows: int, pairs: int, processes: int =
     Errors: UserError for numbers that craft.length_strategy refuses.
     """
     craft = params.craft
+    sft_batches, contrastive_batches = _batches(params, rows=rows, pairs=pairs, processes=processes)
     try:
         return plan_epoch(
-            sft_batches=ceil(rows / (params.sft.per_device_train_batch_size * processes)),
-            contrastive_batches=ceil(pairs / (contrastive_batch_size(params) * processes)),
+            sft_batches=sft_batches,
+            contrastive_batches=contrastive_batches,
             beta=craft.beta,
             gradient_accumulation_steps=params.sft.gradient_accumulation_steps,
             beta_mode=craft.beta_mode,
@@ -112,29 +116,57 @@ def plan_windows(params: TrainParams, *, rows: int, pairs: int, processes: int =
         raise UserError(str(error).replace("craft_", "craft.")) from error
 
 
+def _batches(params: TrainParams, *, rows: int, pairs: int, processes: int) -> tuple[int, int]:
+    """Micro-batches of one pass over the rows and of one over the pairs, as each process makes them."""
+    sizes = params.sft.per_device_train_batch_size, contrastive_batch_size(params)
+    sft, contrastive = (ceil(count / (size * processes)) for count, size in zip((rows, pairs), sizes, strict=True))
+    return sft, contrastive
+
+
+@contextmanager
+def shortage_told_once() -> Iterator[None]:
+    """Silence the schedule's warning of batches left out, which comes with each plan; shortage() words it for users."""
+    logger = logging.getLogger("craft.schedule")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def queue_size(params: TrainParams, anchors: int) -> int:
+    """Embeddings in the queue of a run with so many pairs, or rows without pairs: each of them once at most."""
+    return min(params.craft.negative_queue_size, anchors)
+
+
 def contrast_figures(
-    params: TrainParams, *, rows: int, pairs: int | None, processes: int = 1
+    params: TrainParams, *, rows: int, pairs: int | None = None, plan: EpochPlan | None = None, processes: int = 1
 ) -> ContrastFigures | None:
-    """The figures of a run over ``rows`` and, when it has any, ``pairs``; None without CRAFT."""
+    """The figures of a run over ``rows`` and, when it has any, ``pairs`` and their ``plan``; None without CRAFT."""
     craft = params.craft
     if not craft.enabled:
         return None
-    if pairs is None:
-        accumulated = params.sft.gradient_accumulation_steps
-        windows: Sequence[tuple[int, int]] = [(accumulated, accumulated)]
-    else:
-        windows = plan_windows(params, rows=rows, pairs=pairs, processes=processes).windows
-        windows = windows[:-1] or windows  # the last step may be a short one
+    accumulated = params.sft.gradient_accumulation_steps
+    windows: Sequence[tuple[int, int]] = [(accumulated, accumulated)]
+    left_out = (0, 0)
+    if pairs is not None and plan is not None:
+        # The last step may be a short one.
+        windows = [window for window in plan.windows if sum(window) == accumulated] or plan.windows
+        if craft.length_strategy == "auto_beta":  # it means to take all; cap is asked to leave some out
+            sft_batches, contrastive_batches = _batches(params, rows=rows, pairs=pairs, processes=processes)
+            left_out = sft_batches - plan.sft_batches, contrastive_batches - plan.contrastive_batches
     sft, con = zip(*windows, strict=True)
-    size = contrastive_batch_size(params)
+    size, anchors = contrastive_batch_size(params), rows if pairs is None else pairs
     return ContrastFigures(
         pairs=pairs,
         rows=size,
         n_sft=(min(sft), max(sft)),
         n_con=(min(con), max(con)),
         alpha=craft.alpha,
-        negatives=size * processes - 1,
-        queued=min(craft.negative_queue_size, pairs or rows) if craft.negative_strategy == "queue" else 0,
+        negatives=min(size * processes, anchors) - 1,
+        queued=queue_size(params, anchors) if craft.negative_strategy == "queue" else 0,
+        left_out=left_out,
     )
 
 
@@ -154,8 +186,21 @@ def contrast_lines(params: TrainParams, figures: ContrastFigures) -> list[tuple[
         ("contrast (CRAFT)", source),
         ("kinds", kinds),
         ("effective alpha", f"{figures.alpha:g} fine-tuning to {1 - figures.alpha:g} contrast{balanced}"),
-        ("negatives", f"{figures.negatives:,} per anchor{queue}"),
+        ("negatives", f"up to {figures.negatives:,} per anchor{queue}"),
     ]
+
+
+def shortage(params: TrainParams, figures: ContrastFigures) -> str | None:
+    """What auto_beta leaves out because the other kind is too rare to be in every step; None when it takes all."""
+    sft, contrastive = figures.left_out
+    if not sft and not contrastive:
+        return None
+    left, rare = (f"{sft:,} fine-tuning", "pairs") if sft else (f"{contrastive:,} contrastive", "rows")
+    return (
+        f"{left} batches of each epoch are left out: there are too few batches of {rare} for every step. Use --set "
+        "craft.length_strategy=oversample, which takes every row once an epoch and repeats pairs as needed, or more "
+        f"than sft.gradient_accumulation_steps={params.sft.gradient_accumulation_steps}."
+    )
 
 
 def _range(ends: tuple[int, int]) -> str:

@@ -11,11 +11,19 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
+from craft.schedule import EpochPlan
 from inft.data.batches import Loaded
 from inft.models.spec import ModelSpec
 from inft.sample import Sample
 from inft.training.adapters import Coverage, coverage
-from inft.training.contrast import Contrast, ContrastFigures, contrast_figures, contrast_lines, plan_windows
+from inft.training.contrast import (
+    Contrast,
+    ContrastFigures,
+    contrast_figures,
+    contrast_lines,
+    plan_windows,
+    shortage,
+)
 from inft.training.processes import process_count
 from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE
 from params import TrainParams
@@ -62,15 +70,14 @@ class Plan:
     contrast: ContrastFigures | None = None  # of CRAFT
 
 
-def count_steps(params: TrainParams, rows: int, *, pairs: int | None = None, processes: int = 1) -> Steps:
+def count_steps(params: TrainParams, rows: int, *, windows: EpochPlan | None = None, processes: int = 1) -> Steps:
     """Steps as transformers counts them: a last, smaller batch or accumulation is a step too.
 
     ``processes`` take the batches in turn, each as many: the last of them may see rows of the beginning again. With
-    ``pairs`` (of CRAFT) their micro-batches stand beside those of the rows, as craft plans them.
+    pairs (of CRAFT) their micro-batches stand beside those of the rows, as planned in ``windows``.
     """
     sft, accumulated = params.sft, params.sft.gradient_accumulation_steps
-    if pairs is not None:
-        windows = plan_windows(params, rows=rows, pairs=pairs, processes=processes)
+    if windows is not None:
         per_epoch, accumulated = windows.steps, max(n_sft for n_sft, _ in windows.windows)
     else:
         batches = ceil(ceil(rows / sft.per_device_train_batch_size) / processes)
@@ -120,6 +127,7 @@ def make_plan(
 ) -> Plan:
     """Gather the figures; ``too_long`` counts the rows dropped for their length, ``contrast`` are the pairs, if any."""
     rows, pairs, processes = len(loaded.train), len(contrast.rows) if contrast else None, process_count()
+    windows = plan_windows(params, rows=rows, pairs=pairs, processes=processes) if pairs is not None else None
     trainable, total = model.get_nb_trainable_parameters()
     targets = lora_targets(params.model, params.training_mode, params.lora)
     return Plan(
@@ -136,8 +144,8 @@ def make_plan(
         trainable=trainable,
         total=total,
         tokens=count_tokens(loaded.train, collator),
-        steps=count_steps(params, rows, pairs=pairs, processes=processes),
-        contrast=contrast_figures(params, rows=rows, pairs=pairs, processes=processes),
+        steps=count_steps(params, rows, windows=windows, processes=processes),
+        contrast=contrast_figures(params, rows=rows, pairs=pairs, plan=windows, processes=processes),
         places={
             "checkpoints": f"{params.output_dir}/checkpoint-N",
             "parameters": f"{params.output_dir}/{PARAMS_FILE}",
@@ -157,6 +165,8 @@ def show_plan(console: Console, params: TrainParams, plan: Plan) -> None:
     """Print the plan."""
     for table in (_rows_table(plan), _coverage_table(plan), _figures_table(params, plan)):
         console.print(table)
+    if plan.contrast is not None and (words := shortage(params, plan.contrast)):
+        console.print(words, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_parameters(console: Console, text: str) -> None:

@@ -8,20 +8,21 @@ import torch
 from datasets import Dataset
 from torch.utils.data import get_worker_info
 
+from craft.collate import SAMPLE_IDS
 from inft.sample import Pair, Sample
 
 if TYPE_CHECKING:
     from inft.models.pairs import PairCollator
 
 ROWS = "rows"  # key of a held-out batch: the number of each row
-IDS = "craft_sample_ids"  # key of a training batch with CRAFT: equal ids are no negatives of each other
 
 
 class RowCollator:
     """Looks up numbered rows and collates them; held-out batches carry the row numbers under ``rows``.
 
     The Dataset that a Trainer wants is then a column of numbers, and samples stay Python objects. With ``ids``, one for
-    each training row, training batches carry them under ``craft_sample_ids``.
+    each training row, training batches carry them under ``craft_sample_ids``: rows of equal ids
+    are no negatives of each other (CRAFT).
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class RowCollator:
         if numbers[0] >= self.first_heldout:
             batch[ROWS] = torch.tensor(numbers)
         elif self.ids is not None:
-            batch[IDS] = torch.tensor([self.ids[number] for number in numbers], dtype=torch.int64)
+            batch[SAMPLE_IDS] = torch.tensor([self.ids[number] for number in numbers], dtype=torch.int64)
         return batch
 
     def train_dataset(self) -> Dataset:

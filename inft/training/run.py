@@ -25,9 +25,10 @@ from inft.models.spec import ModelSpec
 from inft.training.adapters import add_adapters
 from inft.training.best import BestKeeper, read_best
 from inft.training.callbacks import BestCallback, BestSoFar, GracefulStop, TrainerLoggingCallback, sigterm_interrupts
+from inft.training.contrast import shortage_told_once
 from inft.training.guards import GuardResult, run_guards
 from inft.training.hardware import hardware, peak_memory, versions
-from inft.training.plan import Steps, log_file, make_plan, show_parameters, show_plan
+from inft.training.plan import Plan, Steps, log_file, make_plan, show_parameters, show_plan
 from inft.training.prepare import (
     Inputs,
     draw_apart,
@@ -98,6 +99,7 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(joined())
         stack.enter_context(sigterm_interrupts())
+        stack.enter_context(shortage_told_once())
         checkpoint = on_main(
             lambda: starting_point(
                 params, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console, held=stack
@@ -111,18 +113,7 @@ def fit(
         log.event("run_start", **_run_start(params, inputs, checkpoint))
         model = together(lambda: _adapted_model(params, inputs.spec, console))
         keeper = BestKeeper(params, model=model, processor=inputs.processor, log=log)
-        plan = make_plan(
-            params,
-            inputs.loaded,
-            inputs.too_long,
-            model=model,
-            spec=inputs.spec,
-            collator=inputs.collator,
-            contrast=inputs.contrast,
-        )
-        if dry_run:
-            show_parameters(console, dump_yaml(params))
-        show_plan(console, params, plan)
+        plan = _shown_plan(params, inputs, model, dry_run=dry_run, console=console)
 
         stop = GracefulStop(tell=console.print)
         callbacks = [TrainerLoggingCallback(log), progress, stop]
@@ -171,6 +162,23 @@ def _adapted_model(params: TrainParams, spec: ModelSpec, console: Console) -> Pe
     return add_adapters(base, spec, params.lora, targets, seed=params.basic.seed)
 
 
+def _shown_plan(params: TrainParams, inputs: Inputs, model: PeftModel, *, dry_run: bool, console: Console) -> Plan:
+    """The plan of a run, after it was printed; a dry run prints the parameters too."""
+    plan = make_plan(
+        params,
+        inputs.loaded,
+        inputs.too_long,
+        model=model,
+        spec=inputs.spec,
+        collator=inputs.collator,
+        contrast=inputs.contrast,
+    )
+    if dry_run:
+        show_parameters(console, dump_yaml(params))
+    show_plan(console, params, plan)
+    return plan
+
+
 def _trainer(
     params: TrainParams,
     inputs: Inputs,
@@ -183,11 +191,13 @@ def _trainer(
     """The trainer of a run, writing to ``output_dir``."""
     loaded = inputs.loaded
     ids = group_ids(loaded.train) if params.craft.enabled else None
+    pairs = inputs.contrast.rows if inputs.contrast is not None else None
+    anchors = len(loaded.train if pairs is None else pairs)
     return CaptionTrainer(
         model=model,
-        args=sft_config(params, output_dir=output_dir, steps=steps, evaluate=bool(loaded.heldout)),
+        args=sft_config(params, output_dir=output_dir, steps=steps, evaluate=bool(loaded.heldout), anchors=anchors),
         rows=RowCollator(loaded.train, loaded.heldout, inputs.collator, ids=ids),
-        pairs=inputs.contrast.rows if inputs.contrast is not None else None,
+        pairs=pairs,
         processor=inputs.processor,
         best=_judge(params.sft, keeper),
         keep_checkpoints=params.sft.save_total_limit,

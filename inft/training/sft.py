@@ -9,15 +9,19 @@ import torch
 from trl import SFTConfig
 
 from craft.config import CRAFTSFTConfig
+from inft.training.contrast import queue_size
 from inft.training.hardware import has_bf16
 from inft.training.plan import Steps
-from params import CraftParams, TrainParams
+from params import TrainParams
 
 
-def sft_config(params: TrainParams, *, output_dir: Path, steps: Steps, evaluate: bool) -> SFTConfig:
+def sft_config(
+    params: TrainParams, *, output_dir: Path, steps: Steps, evaluate: bool, anchors: int | None = None
+) -> SFTConfig:
     """SFTParams in the words of TRL and CraftParams in those of CRAFT, with ``craft_alpha`` 1 when it is off.
 
-    Nothing is reported anywhere unless ``report_to`` names it.
+    Nothing is reported anywhere unless ``report_to`` names it. ``anchors`` are the pairs that CRAFT contrasts, or the
+    rows without pairs: its queue need not be larger.
     """
     sft, cuda = params.sft, torch.cuda.is_available()
     config: SFTConfig = CRAFTSFTConfig(
@@ -57,19 +61,22 @@ def sft_config(params: TrainParams, *, output_dir: Path, steps: Steps, evaluate:
         report_to=list(sft.report_to) or "none",
         run_name=params.task,
         disable_tqdm=True,
-        **_craft_fields(params.craft),
+        **_craft_fields(params, anchors),
     )
     if config.n_gpu > 1:
         config._n_gpu = 1  # device_map spreads the model over the GPUs; DataParallel would copy it to each
     return config
 
 
-def _craft_fields(craft: CraftParams) -> dict[str, Any]:
+def _craft_fields(params: TrainParams, anchors: int | None) -> dict[str, Any]:
     """The fields of CRAFTSFTConfig; without CRAFT alpha is 1, which is plain fine-tuning."""
+    craft = params.craft
     if not craft.enabled:
         return {"craft_alpha": 1.0}
     ours = ("enabled", "preset", "pairs")  # of inft, not of the trainer
     given = {name: value for name, value in asdict(craft).items() if name not in ours}
     # A pair's last token is the end of its turn, to which a caption's words come late; all of them count at once.
     given["pooling"] = craft.pooling or ("mean" if craft.pairs else "last_token")
+    if anchors is not None:
+        given["negative_queue_size"] = queue_size(params, anchors)
     return {f"craft_{name}": value for name, value in given.items()}

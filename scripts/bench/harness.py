@@ -5,6 +5,7 @@ import json
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+# Beside this file stands a directory with the name of a package that is measured: nothing else is imported from here.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 
 def parser(doc: str, *, repetitions: int) -> argparse.ArgumentParser:

@@ -1,9 +1,14 @@
+import re
+import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
-from inft.cli import train
+from inft.cli import app, train
 from inft.cli.train import with_resume_value
 
 
@@ -58,6 +63,7 @@ def test_without_flags_nothing_is_overridden(inft, asked):
         ("--craft", True, None, ""),
         ("--no-craft", False, None, ""),
         ("--craft-preset minimal", True, "minimal", ""),
+        ("--craft-pairs translations", True, None, "translations"),
         ("--craft --craft-pairs translations", True, None, "translations"),
     ],
 )
@@ -70,7 +76,7 @@ def test_craft_is_turned_on_by_its_flags(inft, asked, words, enabled, preset, pa
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--craft --craft-pairs absent.jsonl", "--craft-pairs 'absent.jsonl' is neither translations nor a data set"),
+        ("--craft-pairs absent.jsonl", "--craft-pairs 'absent.jsonl' is neither translations nor a data set"),
         ("--craft --craft-pairs translations --languages ur", "only 'ur' is read: name another with --languages"),
         ("--craft-preset lots", "'balanced'"),
     ],
@@ -79,6 +85,31 @@ def test_pairs_that_cannot_be_had_are_told_before_torch(inft, words, complaint):
     found = inft("train", "llama32", "--demo", "--no-quantize", *words.split())
     assert found.status == 2
     assert complaint in found.err
+
+
+def readme_commands():
+    """The words after `inft` of every command line in the README's bash blocks."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [" ".join(line[1:]) for line in lines if line[:1] == ["inft"]]
+
+
+@pytest.mark.parametrize("words", readme_commands())
+def test_every_command_line_of_the_readme_is_one(words, inft, asked):
+    command, args, context = typer.main.get_command(app._typer), words.split(), None
+    while isinstance(command, TyperGroup):
+        context = command.make_context("inft", args, parent=context)
+        _, command, args = command.resolve_command(context, [*context._protected_args, *context.args])
+    command.make_context(command.name, args, parent=context)  # exits for an unknown flag
+    if words.startswith("train "):
+        assert inft(*words.split()).status == 0  # its parameters agree
+        assert len(asked) == 1
+
+
+def test_the_readme_shows_command_lines_of_each_kind():
+    shown = {words.split()[0] for words in readme_commands()}
+    assert {"train", "logs", "list-modules"} <= shown
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,18 @@ def test_masks_that_are_there_stay_and_hard_negatives_are_padded_too():
     assert "labels" not in batch
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", "text_tgt": "b"}, "no column of tokens: found text, text_tgt.*tokenize_pairs"),
+        (("a", "b"), "row 0 of the batch is a tuple.*collator of your own"),
+    ],
+)
+def test_rows_without_tokens_are_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        CRAFTCollator()([row])
+
+
 def test_labels_are_never_made_up():
     """A row without labels and masks must reach self_align's check as it is, not as one that is learned whole."""
     batch = CRAFTCollator()([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])

@@ -195,7 +195,15 @@ def test_columns_that_do_not_fit_are_told() -> None:
     with pytest.raises(ValueError, match="2 anchors from column 1 on"):
         info_nce(torch.eye(2), torch.eye(2), temperature=0.05, offset=1)
     with pytest.raises(ValueError, match="there are 0"):
-        info_nce(torch.zeros(0, 2), torch.zeros(0, 2), temperature=0.05)
+        info_nce(torch.zeros(1, 2), torch.zeros(0, 2), temperature=0.05)
+
+
+def test_no_anchors_have_no_losses_and_a_graph() -> None:
+    anchors = torch.zeros(0, 2, requires_grad=True)
+    found = info_nce(anchors, anchors, temperature=0.05, all_anchors_MD=anchors, queue_KD=torch.eye(2))
+    assert found.losses_B.shape == found.correct_B.shape == found.contrasted_B.shape == (0,)
+    found.losses_B.sum().backward()
+    assert anchors.grad.shape == (0, 2)
 
 
 # The head

@@ -41,6 +41,7 @@ def test_without_a_word_craft_is_off_and_a_switch_turns_it_on():
     assert not CraftParams().enabled
     assert resolved(craft=True) == CraftParams(enabled=True)
     assert resolved(craft=True, craft_pairs="translations").pairs == "translations"
+    assert resolved(craft_pairs="translations") == CraftParams(enabled=True, pairs="translations")
 
 
 @pytest.mark.parametrize("name", CRAFT_PRESETS)
@@ -63,6 +64,14 @@ def test_a_preset_in_a_file_turns_craft_on_and_one_on_the_command_line_replaces_
     assert resolved(config_file=file, craft_preset="minimal").gradient_balancing == "none"
     off = config("craft: {enabled: false}\n")
     assert resolved(config_file=off, craft_preset="minimal").enabled
+    assert resolved(config_file=off, craft_pairs="translations").enabled
+
+
+def test_pairs_in_a_file_do_not_turn_craft_on(config):
+    file = config("craft: {pairs: translations}\n")
+    assert "craft.pairs has no effect without CRAFT" in message(config_file=file)
+    assert resolved(config_file=file, craft=True).pairs == "translations"
+    assert resolved(config_file=file, craft_pairs="") == CraftParams()
 
 
 def test_no_craft_puts_aside_what_a_file_says_of_it(config):
@@ -103,7 +112,8 @@ def test_an_unknown_key_below_craft_is_told_even_under_no_craft(config):
         ("symmetric=2", "valid boolean"),
         ("use_gradcache=x", "valid boolean"),
         ("gradcache_chunk_size=0", "at least 1"),
-        ("negative_strategy=hard", "'in_batch', 'queue' or 'none'"),
+        ("negative_strategy=hard", "should be 'in_batch' or 'queue', got 'hard'"),
+        ("negative_strategy=none", "should be 'in_batch' or 'queue', got 'none'"),
         ("negative_queue_size=0", "at least 1"),
         ("gradient_balancing=mgda", "'pcgrad'"),
         ("gradnorm_alpha=-1", "at least 0"),
@@ -124,8 +134,9 @@ def test_a_value_out_of_range_is_refused_with_the_range(override, complaint):
     [
         (("craft.alpha=0.5",), {}, "craft.alpha has no effect without CRAFT: add --craft"),
         (("craft.enabled=false", "craft.preset=minimal"), {}, "craft.preset has no effect without CRAFT"),
-        ((), {"craft_pairs": "translations"}, "craft.pairs has no effect without CRAFT: add --craft"),
+        (("craft.pairs=translations",), {}, "craft.pairs has no effect without CRAFT: add --craft"),
         (("craft.alpha=1",), {"craft": True}, "--no-craft"),
+        (("craft.pooling=cls",), {"craft": True}, "set last_token, mean or weighted_mean"),
         (("craft.beta=0.5",), {"craft": True}, "craft.beta is read with pairs only"),
         (("craft.use_gradcache=true",), {"craft": True}, "add --craft-pairs translations"),
         (("craft.negative_queue_size=9",), {"craft": True}, "no effect without craft.negative_strategy=queue"),
@@ -138,7 +149,7 @@ def test_a_value_out_of_range_is_refused_with_the_range(override, complaint):
             {"craft_preset": "balanced", "craft_pairs": "translations"},
             "set craft.beta_mode=fixed too",
         ),
-        (("craft.negative_strategy=none",), {"craft": True}, "Set in_batch or queue"),
+        (("craft.temperature=2",), {"craft_preset": "balanced"}, "must be at least 0.01 and at most 1"),
         (("craft.temperature=2",), {"craft_preset": "balanced"}, "craft.learnable_temperature=false"),
     ],
 )

@@ -180,7 +180,8 @@ def test_every_set_that_the_readme_and_the_messages_tell_users_to_type_resolves(
     assert len(told) >= 4
     for override in told:
         if override != "section.field=value":
-            resolve_train("aya", overrides=[re.sub(r"\{\w+\}", "title", override)])
+            needed = {"craft_pairs": "translations", "craft": True} if override.startswith("craft.") else {}
+            resolve_train("aya", overrides=[re.sub(r"\{\w+\}", "title", override)], flags=needed)
 
 
 def test_a_model_brings_its_processor_unless_one_is_named():

@@ -17,7 +17,7 @@ from inft.models.pairs import PairCollator
 from inft.sample import Pair, Prompt, Sample
 from inft.training.adapters import add_adapters
 from inft.training.callbacks import TrainerLoggingCallback
-from inft.training.contrast import contrast_figures, contrast_lines, plan_windows, read_contrast
+from inft.training.contrast import contrast_figures, contrast_lines, plan_windows, read_contrast, shortage
 from inft.training.plan import Steps, count_steps, make_plan, show_plan
 from inft.training.prepare import read_inputs
 from inft.training.rows import PairRows, RowCollator
@@ -159,16 +159,17 @@ def test_steps_are_those_of_the_plan_when_contrastive_batches_lengthen_an_epoch(
     )
     assert count_steps(params, 40).per_epoch == 5  # 10 batches of 4, 2 a step
     windows = plan_windows(params, rows=40, pairs=24)
-    steps = count_steps(params, 40, pairs=24)
+    steps = count_steps(params, 40, windows=windows)
     assert windows.windows == ((1, 1),) * 10
     assert (steps.per_epoch, steps.total, steps.effective_batch) == (10, 20, 4)
-    assert count_steps(params, 40, pairs=24, processes=2).per_epoch == 5
+    halves = plan_windows(params, rows=40, pairs=24, processes=2)
+    assert count_steps(params, 40, windows=halves, processes=2).per_epoch == 5
 
 
 def test_numbers_that_the_length_strategy_refuses_are_the_users_error(make_params: Make) -> None:
     craft = CraftParams(enabled=True, pairs="translations", length_strategy="error")
     with pytest.raises(UserError, match=r"craft\.length_strategy='error'.*10 SFT batches and 6 contrastive"):
-        count_steps(make_params(craft=craft), 40, pairs=24)
+        plan_windows(make_params(craft=craft), rows=40, pairs=24)
 
 
 @pytest.mark.parametrize(
@@ -195,16 +196,57 @@ def test_numbers_that_the_length_strategy_refuses_are_the_users_error(make_param
             1,
             ("24 pairs (translations), 6 a micro-batch, oversample", "n_sft 1, n_con 1", "5 per anchor"),
         ),
+        ({"pairs": "translations", "contrastive_batch_size": 64}, 24, 1, ("up to 23 per anchor",)),
+        ({"pairs": "translations", "contrastive_batch_size": 6}, 2, 2, ("up to 1 per anchor",)),
     ],
 )
 def test_the_plan_names_kinds_weight_and_negatives(
     make_params: Make, craft: dict[str, Any], pairs: int | None, processes: int, words: tuple[str, ...]
 ) -> None:
     params = make_params(craft=CraftParams(enabled=True, **craft))
-    figures = contrast_figures(params, rows=40, pairs=pairs, processes=processes)
+    plan = plan_windows(params, rows=40, pairs=pairs, processes=processes) if pairs is not None else None
+    figures = contrast_figures(params, rows=40, pairs=pairs, plan=plan, processes=processes)
     assert figures is not None
     text = "\n".join(f"{what}: {how}" for what, how in contrast_lines(params, figures))
     assert all(word in text for word in words)
+
+
+def test_steps_of_one_micro_batch_take_turns_and_the_plan_says_so(make_params: Make) -> None:
+    craft = CraftParams(enabled=True, pairs="translations", length_strategy="auto_beta")
+    params = make_params(craft=craft, sft__gradient_accumulation_steps=1)
+    plan = plan_windows(params, rows=40, pairs=4)
+    assert plan.windows == ((1, 0),) * 10 + ((0, 1),)
+    figures = contrast_figures(params, rows=40, pairs=4, plan=plan)
+    assert figures is not None
+    assert (figures.n_sft, figures.n_con) == ((0, 1), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pairs", "words"),
+    [
+        ("auto_beta", 8, "8 fine-tuning batches of each epoch are left out"),
+        ("auto_beta", 400, "90 contrastive batches of each epoch are left out"),
+        ("auto_beta", 40, None),
+        ("oversample", 8, None),
+        ("cap", 8, None),
+    ],
+)
+def test_batches_that_auto_beta_leaves_out_are_told_with_the_remedy(
+    make_params: Make, strategy: Any, pairs: int, words: str | None
+) -> None:
+    params = make_params(craft=CraftParams(enabled=True, pairs="translations", length_strategy=strategy))
+    figures = contrast_figures(params, rows=40, pairs=pairs, plan=plan_windows(params, rows=40, pairs=pairs))
+    assert figures is not None
+    told = shortage(params, figures)
+    assert (told is None) == (words is None)
+    assert words is None or (words in str(told) and "--set craft.length_strategy=oversample" in str(told))
+
+
+@pytest.mark.parametrize(("anchors", "size"), [(None, 65536), (24, 24), (100_000, 65536)])
+def test_the_queue_holds_no_more_than_there_are_pairs(make_params: Make, anchors: int | None, size: int) -> None:
+    craft = CraftParams(enabled=True, pairs="translations", negative_strategy="queue")
+    config = sft_config(make_params(craft=craft), output_dir=Path("x"), steps=STEPS, evaluate=True, anchors=anchors)
+    assert config.craft_negative_queue_size == size
 
 
 def test_the_whole_plan_of_a_run_on_translations(make_params: Make, translated: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_run_logs_the_guides_keys_and_its_adapter_loads_without_craft(
 
 @pytest.mark.parametrize("name", CRAFT_PRESETS)
 @pytest.mark.parametrize("pairs", ["", "translations"])
-@pytest.mark.filterwarnings("ignore:craft_negative_queue_size")
+@pytest.mark.filterwarnings("error:craft_negative_queue_size")
 def test_every_preset_trains(make_params: Make, translated: Path, name: Any, pairs: str) -> None:
     craft = CraftParams(enabled=True, preset=name, pairs=pairs, **CRAFT_PRESETS[name])
     params = make_params(craft=craft, data__data=str(translated), sft__max_steps=3, sft__eval_steps=3)
@@ -128,3 +128,20 @@ def test_the_plan_names_micro_batches_alpha_and_negatives(make_params: Make, tra
     fit(params, dry_run=True, console=Console(file=said, width=160))
     for words in ("n_sft 2, n_con 2 micro-batches a step", "0.6 fine-tuning to 0.4 contrast", "5 per anchor"):
         assert words in said.getvalue()
+
+
+def test_what_auto_beta_leaves_out_is_told_once_and_in_the_names_of_set(
+    make_params: Make, translated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [json.dumps({"text": f"one {i}", "text_tgt": f"eins {i}"}) for i in range(2)]
+    pairs.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    craft = CraftParams(enabled=True, pairs=str(pairs), length_strategy="auto_beta")
+    params = make_params(craft=craft, data__data=str(translated), sft__max_steps=2)
+    said = StringIO()
+    fit(params, console=Console(file=said, width=160))
+    told = "9 fine-tuning batches of each epoch are left out: there are too few batches of pairs for every step."
+    assert said.getvalue().count(told) == 1
+    assert "--set craft.length_strategy=oversample" in said.getvalue()
+    assert "up to 1 per anchor" in said.getvalue()
+    assert "craft_length_strategy" not in caplog.text
