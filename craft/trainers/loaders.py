@@ -361,18 +361,18 @@ class Loaders:
 
     def _in_batch(self) -> int:
         """Other rows that an anchor meets in a full micro-batch of all ranks."""
-        if self.args.craft_negative_strategy == "none":
-            return 0
+        return 0 if self.args.craft_negative_strategy == "none" else max(self._together() - 1, 0)
+
+    def _hard(self) -> int:
+        """Hard negatives that come with a full micro-batch of pairs of all ranks."""
+        names = getattr(self._pairs, "column_names", None) or ()
+        return sum(name.startswith("input_ids_neg") for name in names) * self._together()
+
+    def _together(self) -> int:
+        """Rows of a full contrastive micro-batch of all ranks."""
         own = self.trainer.args.per_device_train_batch_size
         size = own if self.bundle.strategy == "self_align" else self._contrastive_batch_size
         given = self._given[0 if self.bundle.strategy == "self_align" else 1]
-        size = getattr(given, "batch_size", None) or size
+        together = (getattr(given, "batch_size", None) or size) * world_size()
         rows = self.contrastive_rows() if given is None else None
-        together = size * world_size()
-        return max((together if rows is None else min(together, rows)) - 1, 0)
-
-    def _hard(self) -> int:
-        """Hard negatives that come with a micro-batch of pairs on this rank."""
-        names = getattr(self._pairs, "column_names", None) or ()
-        columns = sum(name.startswith("input_ids_neg") for name in names)
-        return columns * self._contrastive_batch_size * world_size()
+        return together if rows is None else min(together, rows)

@@ -35,6 +35,10 @@ class Meter:
         self._sums.clear()
         return means
 
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._sums.clear()
+
     def load(self, totals: Mapping[str, tuple[float, float]]) -> None:
         """Begin with these sums, as totals() gave them."""
         self._sums = {

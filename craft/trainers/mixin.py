@@ -378,6 +378,7 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self.craft_enabled:
             return optimizer
+        self._craft_journal.meter.clear()  # of a step that was interrupted; a checkpoint's sums are loaded after this
         add_parameters(self, optimizer)
         shared = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._craft_balance.separate(shared=shared, own=self.craft_parameters())

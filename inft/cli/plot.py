@@ -25,8 +25,16 @@ PANELS = (
 )
 # Drawn below them for a run with CRAFT.
 CRAFT_PANELS = (
-    Panel("losses of CRAFT", "log", ("loss/craft_contrast", "loss/craft_sft")),
-    Panel("contrastive accuracy", "log", ("metrics/craft_contrastive_accuracy",)),
+    Panel("losses of CRAFT", "log", ("loss/craft_contrast", "loss/craft_sft", "loss/craft_total")),
+    Panel(
+        "metrics of CRAFT",
+        "log",
+        (
+            "metrics/craft_contrastive_accuracy",
+            "metrics/craft_representation_consistency",
+            "metrics/craft_temperature",
+        ),
+    ),
 )
 Curve = tuple[list[int], list[float]]  # steps, values
 

@@ -92,7 +92,7 @@ def test_a_run_with_craft_has_panels_for_it_and_one_without_has_none(inft, monke
     found = panels_drawn(inft, monkeypatch, tmp_path)
     assert list(found)[:4] == plain
     assert found["losses of CRAFT"] == ["loss/craft_contrast", "loss/craft_sft"]
-    assert len(found["contrastive accuracy"]) == 1
+    assert len(found["metrics of CRAFT"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def replicas(out: Path, strategy: str, **config: Any) -> dict[str, Any]:
 def exactness(out: Path, strategy: str, **config: Any) -> float:
     """Largest relative error of a step's gradient against the objective over both ranks' batches in one process."""
     trainer = make(out, strategy, max_steps=3, max_grad_norm=0.0, dtype=torch.float64, **config)
+    trainer.craft_loss.double()
     spy = Spy().watch(trainer)
     errors = []
     keep = spy.on_pre_optimizer_step
