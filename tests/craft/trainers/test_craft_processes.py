@@ -60,7 +60,7 @@ def test_both_ranks_log_the_same_figures(found):
     ["exact pairs", "exact pairs, symmetric, GradCache", "exact self_align", "exact single steps"],
 )
 def test_the_gradient_is_that_of_one_process_with_all_negatives(found, case):
-    assert found[case] <= 2e-7
+    assert found[case] <= 5e-7
 
 
 @pytest.mark.parametrize("case", ["reduces", "reduces with GradCache"])
