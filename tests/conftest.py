@@ -1,4 +1,4 @@
-"""The embedded tiny models, their processors, and small samples."""
+"""The embedded tiny models, their processors, a byte tokenizer, and small samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from inft.models import MODELS, load_spec
 from inft.models.collate import CaptionCollator
@@ -18,6 +19,8 @@ from inft.sample import Prompt, Sample
 from params import BasicParams
 
 torch.set_num_threads(1)
+
+SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|pad|>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +115,24 @@ def disc(colour: str, size: tuple[int, int]) -> Image.Image:
     image = Image.new("RGB", size, "white")
     ImageDraw.Draw(image).ellipse((20, 10, 60, 50), fill=colour)
     return image
+
+
+@pytest.fixture(scope="session")
+def make_byte_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
+    """make_byte_tokenizer(chat_template): one token for each byte of UTF-8 and each of SPECIAL, in all 260."""
+
+    def tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
+        vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token="<|end|>",
+            pad_token="<|pad|>",
+            additional_special_tokens=["<|user|>", "<|assistant|>"],
+        )
+        made.chat_template = chat_template
+        return made
+
+    return tokenizer

@@ -71,11 +71,16 @@ class Loaders:
         """Tell a plain CRAFTCollator() what the model is padded with."""
         for collator in (getattr(self.trainer, "data_collator", None), self._collator):
             if isinstance(collator, CRAFTCollator) and collator.pad_token_id is None:
-                collator.pad_token_id = self._tokenizer_field("pad_token_id")
+                collator.pad_token_id = self._pad_token_id
 
-    def _tokenizer_field(self, name: str) -> Any:
+    @property
+    def _tokenizer(self) -> Any:
         processing_class = getattr(self.trainer, "processing_class", None)
-        return getattr(getattr(processing_class, "tokenizer", processing_class), name, None)
+        return getattr(processing_class, "tokenizer", processing_class)
+
+    @property
+    def _pad_token_id(self) -> int | None:
+        return getattr(self._tokenizer, "pad_token_id", None)
 
     def _prepared_pairs(self) -> Any:
         """The contrastive rows as tokens; what has a collator or loader of its own is left to it as it is."""
@@ -90,9 +95,8 @@ class Loaders:
         }
         if self._factory is not None and not has_pairs(pairs, **names):
             return pairs
-        processing_class = getattr(self.trainer, "processing_class", None)
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        return tokenize_pairs(pairs, tokenizer, max_length=getattr(self.trainer.args, "max_length", None), **names)
+        max_length = getattr(self.trainer.args, "max_length", None)
+        return tokenize_pairs(pairs, self._tokenizer, max_length=max_length, **names)
 
     def _refuse_packing(self) -> None:
         """ValueError where several texts may stand in one row: their vectors would be mixed."""
@@ -266,9 +270,7 @@ class Loaders:
     def _pair_collator(self) -> Callable[[Any], Any]:
         if self._collator is not None:
             return self._collator
-        return CRAFTCollator(
-            pad_token_id=self._tokenizer_field("pad_token_id"), contrastive_keys=self.args.craft_contrastive_keys
-        )
+        return CRAFTCollator(pad_token_id=self._pad_token_id, contrastive_keys=self.args.craft_contrastive_keys)
 
     @property
     def _contrastive_batch_size(self) -> int:

@@ -1,10 +1,10 @@
 """A byte tokenizer with a chat template, and a Llama of 35,000 random weights that reads its tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEMPLATE = (
@@ -12,7 +12,6 @@ TEMPLATE = (
     "<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|pad|>")
 
 
 @pytest.fixture(autouse=True)
@@ -21,20 +20,9 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(make_byte_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
     """One token for each byte of UTF-8 and each special token; <|end|> ends texts and turns."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-    )
-    made.chat_template = TEMPLATE
-    return made
+    return make_byte_tokenizer(TEMPLATE)
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from params import BasicParams, LoRAParams, MUNIChusLoadConfig, QLoRAParams, SFTParams, TrainParams
@@ -18,7 +17,6 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|pad|>")
 
 
 @pytest.fixture(autouse=True)
@@ -27,24 +25,15 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_text_dir(
+    tmp_path_factory: pytest.TempPathFactory, make_byte_tokenizer: Callable[[str], PreTrainedTokenizerFast]
+) -> Path:
     """A saved LlamaForCausalLM of 35,000 random weights and a byte tokenizer."""
     path = tmp_path_factory.mktemp("tiny_text")
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
+    make_byte_tokenizer(TEMPLATE).save_pretrained(path)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=260,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
