@@ -4,9 +4,16 @@ from importlib.util import find_spec
 
 from params.errors import UserError
 
+SCORING = ("sacrebleu", "pycocoevalcap", "jieba", "MeCab", "unidic_lite")  # of the extra `eval`: what scores captions
+
 
 def require_extras(*modules: str) -> None:
     """UserError naming those of the modules that are not installed; imports none of them."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise UserError(f"not installed here: {', '.join(missing)}. Install them: pip install 'inft[trl,hf,peft]'.")
+        extras = ["eval"] * any(name in SCORING for name in missing)
+        if any(name not in SCORING for name in missing):
+            extras.insert(0, "trl,hf,peft")
+        raise UserError(
+            f"not installed here: {', '.join(missing)}. Install them: pip install 'inft[{','.join(extras)}]'."
+        )
