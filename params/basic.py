@@ -13,7 +13,7 @@ class BasicParams:
     seed: CountOrZero = 42  # of data order, splits and adapter initialisation
     logs_dir: str = "logs"  # directory of the logs trainer_<task>.jsonl
     output_dir: str = "outputs"  # parent of the run directories that SFTParams names
-    metric_dir: str = "metrics"  # directory of evaluation tables; not read by inft train
+    metric_dir: str = "metrics"  # directory of the evaluations that inft evaluate makes; not read by inft train
     llama_model_name: str = "meta-llama/Llama-3.2-11B-Vision-Instruct"  # hub id or local path; "": the embedded model
     llama_processor_name: str = "meta-llama/Llama-3.2-11B-Vision-Instruct"  # hub id or local path
     aya_model_name: str = "CohereLabs/aya-vision-8b"  # hub id or local path
@@ -30,4 +30,4 @@ class BasicParams:
     gen_top_p: PositiveShare = 0.9  # nucleus, when sampling; for evaluation, not read by inft train
     gen_temperature: Positive = 0.7  # when sampling; for evaluation, not read by inft train
     gen_num_beams: Count = 1  # 1: no beam search; for evaluation, not read by inft train
-    gen_max_new_tokens: Count = 96  # tokens a generated caption has at most; inft train reads it in a demo
+    gen_max_new_tokens: Count = 96  # tokens a caption has at most; in inft train for a demo and eval_captions

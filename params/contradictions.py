@@ -9,17 +9,17 @@ from typing import Any
 
 from params.check import SECTIONS
 from params.craft import CRAFT_PRESETS, LEARNABLE_TEMPERATURE, CraftParams
+from params.munichus import MUNIChusLoadConfig
 from params.train import TrainParams
 
-# Fields for evaluation, which `inft train` does not read.
-FOR_EVALUATION = (
-    "basic.metric_dir",
-    "basic.gen_do_sample",
-    "basic.gen_top_p",
-    "basic.gen_temperature",
-    "basic.gen_num_beams",
-    "data.cjk_tokens",
-)
+# Fields for evaluation, which `inft train` does not read, and why it does not.
+FOR_EVALUATION = {
+    "basic.metric_dir": "which writes no tables",
+    **dict.fromkeys(
+        ("basic.gen_do_sample", "basic.gen_top_p", "basic.gen_temperature", "basic.gen_num_beams"),
+        "whose captions are greedy",
+    ),
+}
 
 # Fields of CRAFT that only the mixing of two data sets reads: self-alignment takes both losses from one batch.
 FOR_PAIRS = (
@@ -43,11 +43,19 @@ CRAFT_DEPENDS: Mapping[str, tuple[str, Sequence[Any]]] = {
 
 def contradictions(params: TrainParams) -> list[str]:
     """One message per contradiction, each with its remedy; empty when the parameters agree."""
-    return [*_data(params), *_model(params), *_craft(params), *_unread(params)]
+    return [
+        *language_problems(params.data),
+        *_data(params),
+        *_model(params),
+        *_craft(params),
+        *_best_metric(params),
+        *_unread(params),
+    ]
 
 
-def _data(params: TrainParams) -> list[str]:
-    data, problems = params.data, []
+def language_problems(data: MUNIChusLoadConfig) -> list[str]:
+    """What is wrong with the languages that are asked for."""
+    problems = []
     unnamed = [code for code in data.languages if code not in data.language_names]
     if not data.languages:
         problems.append("data.languages is empty: name at least one language, such as --languages en,ur.")
@@ -57,12 +65,16 @@ def _data(params: TrainParams) -> list[str]:
         code = _code_of(unnamed[0], data.language_names)
         remedy = f"did you mean {code}?" if code else f"add it: --set data.language_names.{unnamed[0]}=NAME."
         problems.append(f"data.languages: {', '.join(unnamed)} has no name for the prompt; {remedy}")
-    if data.batch_size != 1:
-        problems.append(
-            "data.batch_size belongs to build_processed_dataset and has no effect here; "
-            "set sft.per_device_train_batch_size."
-        )
     return problems
+
+
+def _data(params: TrainParams) -> list[str]:
+    if params.data.batch_size == 1:
+        return []
+    return [
+        "data.batch_size belongs to build_processed_dataset and has no effect here; "
+        "set sft.per_device_train_batch_size."
+    ]
 
 
 def _code_of(word: str, names: Mapping[str, str]) -> str | None:
@@ -176,15 +188,38 @@ def _named(fields: list[str]) -> str:
     return ", ".join(f"craft.{name}" for name in fields)
 
 
+def _best_metric(params: TrainParams) -> list[str]:
+    sft, problems = params.sft, []
+    if sft.best_metric != "loss" and not sft.eval_captions:
+        problems.append(
+            f"sft.best_metric={sft.best_metric} is a figure of generated captions, and none are generated: add "
+            "--eval-captions N, such as 64, or leave --best-metric out."
+        )
+    if sft.best_metric != "loss" and not sft.load_best_model_at_end and not sft.early_stopping_patience:
+        problems.append(
+            f"sft.best_metric={sft.best_metric} has no effect: with sft.load_best_model_at_end=false and "
+            "sft.early_stopping_patience=0 nothing is chosen by it. Set one of these, or leave --best-metric out."
+        )
+    return problems
+
+
 def _unread(params: TrainParams) -> list[str]:
     problems = [
-        f"{key} has no effect in inft train, which does not evaluate captions: leave it out."
-        for key in FOR_EVALUATION
+        f"{key} has no effect in inft train, {why}: leave it out."
+        for key, why in FOR_EVALUATION.items()
         if _is_changed(params, key)
     ]
-    if _is_changed(params, "basic.gen_max_new_tokens") and not (params.demo and params.data.data == "sample"):
+    captioned = params.sft.eval_captions > 0
+    if _is_changed(params, "data.cjk_tokens") and not captioned:
         problems.append(
-            "basic.gen_max_new_tokens has no effect: only a demo on the sample set generates captions. Leave it out."
+            "data.cjk_tokens has no effect in inft train without captions to score: add --eval-captions N, or leave it "
+            "out."
+        )
+    shown = params.demo and params.data.data == "sample"
+    if _is_changed(params, "basic.gen_max_new_tokens") and not captioned and not shown:
+        problems.append(
+            "basic.gen_max_new_tokens has no effect: only a demo on the sample set and --eval-captions generate "
+            "captions. Add --eval-captions N, or leave it out."
         )
     return problems
 

@@ -28,8 +28,8 @@ class MUNIChusLoadConfig:
 
     dataset_id: str = "tharindu/MUNIChus"  # hub id of the munichus source
     data: str | None = None  # a source (munichus, sample, hub:<id>) or a path to jsonl, folder, parquet, saved tables
-    languages: tuple[str, ...] = tuple(LANGUAGE_NAMES)  # codes of the rows that are read
-    cjk_tokens: tuple[str, ...] = ("ja", "zh", "yue")  # languages whose metrics segment words; not read by inft train
+    languages: tuple[str, ...] = tuple(LANGUAGE_NAMES)  # codes of the rows that are read; "all": all that have a name
+    cjk_tokens: tuple[str, ...] = ("ja", "zh", "yue")  # languages whose words jieba or MeCab finds, for metrics
     language_names: Mapping[str, str] = field(default_factory=lambda: dict(LANGUAGE_NAMES))  # as the prompt says them
     split: str = "train"  # of the source
     batch_size: Count = 1  # of the DataLoader that build_processed_dataset makes

@@ -5,23 +5,20 @@ flags. Everything that is wrong in any of them is reported at once.
 """
 
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from params.basic import BasicParams
-from params.check import SECTIONS, checked, is_mapping
+from params.check import checked
 from params.contradictions import contradictions
 from params.craft import CRAFT_PRESETS, CraftParams
-from params.errors import UserError
+from params.layers import Layer, directories, merged, sections_of, set_layers, user_error
 from params.presets import MODEL_FIELDS, MODEL_NAMES, OUTPUT_FIELDS, TRAINING_MODES, preset
 from params.sft import SFTParams
 from params.train import ModelName, TrainingMode, TrainParams
 from params.yamlfile import Given, read_yaml, write_yaml
-
-Layer = dict[str, Given]
 
 # What each flag of `inft train` sets. model_name and output_dir stand for the fields of the run's family and mode.
 FLAGS: Mapping[str, tuple[str, ...]] = {
@@ -35,6 +32,8 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "max_bad_fraction": ("data.max_bad_fraction",),
     "epochs": ("sft.num_epochs",),
     "max_steps": ("sft.max_steps",),
+    "eval_captions": ("sft.eval_captions",),
+    "best_metric": ("sft.best_metric",),
     "quantize": ("qlora.load_in_4bit",),
     "seed": ("basic.seed", "data.seed"),
     "craft": ("craft.enabled",),
@@ -82,22 +81,23 @@ def resolve_train(
     the texts of ``--set``, such as "sft.lr=2e-4". `flags` are keyed as in FLAGS or by dotted names; None is not given.
     """
     file, problems = read_yaml(config_file) if config_file else ({}, [])
-    told_layers = [file, *_set_layers(overrides, problems), _flag_layer(flags or {}, problems)]
+    set_by = set_layers(overrides, problems, identity=Identity._fields)
+    told_layers = [file, *set_by, _flag_layer(flags or {}, problems)]
     told_layers[-1] |= _craft_switched_off(told_layers[1:], problems)
-    layers = [_directories(layer, problems) for layer in told_layers]
+    layers = [directories(layer, problems) for layer in told_layers]
     told = {"model": model, "training_mode": training_mode, "demo": demo}
     identity = _identity(told, file, problems)
     if identity is not None:
         layers = [_own(layer, identity, problems) for layer in layers]
         layers.insert(0, _craft_layer(_last(layers, "craft.preset")))
         layers.insert(0, _base_layer(identity, _last(layers, "data.data"), _last(layers, "basic.output_dir")))
-    values = _merged(layers, problems)
+    values = merged(layers, problems)
     if identity is not None and not problems:
         params = _train_params(identity, values)
         problems = contradictions(params)
         if not problems:
             return params
-    raise _user_error(problems)
+    raise user_error(problems)
 
 
 def dump_yaml(params: TrainParams) -> str:
@@ -112,8 +112,8 @@ def load_params(path: Path) -> TrainParams:
     required = ("model", "output_dir", "best_model_dir", "model_name", "processor_name", "task")
     problems += [f"{path}: {name} is missing." for name in required if name not in given]
     if problems:
-        raise _user_error(problems)
-    return TrainParams(**_sections(values), **{key: value for key, value in values.items() if "." not in key})
+        raise user_error(problems)
+    return TrainParams(**sections_of(values), **{key: value for key, value in values.items() if "." not in key})
 
 
 def _identity(told: Mapping[str, Any], file: Layer, problems: list[str]) -> Identity | None:
@@ -133,28 +133,6 @@ def _identity(told: Mapping[str, Any], file: Layer, problems: list[str]) -> Iden
     return Identity(**found) if len(problems) == before else None
 
 
-def _set_layers(overrides: Sequence[str], problems: list[str]) -> list[Layer]:
-    """One layer of values that replace, and one for each mapping or entry of it, since these add up."""
-    layer: Layer = {}
-    mappings: list[Layer] = []
-    for text in overrides:
-        key, equals, value = (part.strip() for part in text.partition("="))
-        whole, entry = ".".join(key.split(".")[:2]), ".".join(key.split(".")[2:])  # data.columns, caption
-        if not equals:
-            problems.append(f"--set {text}: expected section.field=value, such as sft.lr=2e-4.")
-        elif key in Identity._fields:
-            problems.append(
-                f"--set {key}: say it on the command line instead (inft train MODEL --training-mode --demo)."
-            )
-        elif is_mapping(key):
-            mappings.append({key: Given(value, "--set", is_text=True)})
-        elif entry and is_mapping(whole):
-            mappings.append({whole: Given({entry: value}, "--set")})
-        else:
-            layer[key] = Given(value, "--set", is_text=True)
-    return [layer, *mappings]
-
-
 def _flag_layer(flags: Mapping[str, Any], problems: list[str]) -> Layer:
     given = {name: value for name, value in flags.items() if value is not None}
     if "epochs" in given and "max_steps" in given:
@@ -167,17 +145,6 @@ def _flag_layer(flags: Mapping[str, Any], problems: list[str]) -> Layer:
     if given.get("craft_pairs"):  # whoever names pairs here wants them used; in a file they may wait for --craft
         layer.setdefault("craft.enabled", Given(True, "--craft-pairs"))
     return layer
-
-
-def _directories(layer: Layer, problems: list[str]) -> Layer:
-    """The layer with ~ expanded in directories, as a shell would; an empty one is a mistake, not the current one."""
-    found = dict(layer)
-    for key, given in layer.items():
-        if key.endswith("_dir") and isinstance(given.value, str):
-            if not given.value.strip():
-                problems.append(f"{given.origin}: {key} is empty: name a directory.")
-            found[key] = given._replace(value=os.path.expanduser(given.value))
-    return found
 
 
 def _own(layer: Layer, identity: Identity, problems: list[str]) -> Layer:
@@ -248,39 +215,19 @@ def _base_layer(identity: Identity, source: Any, outputs: Any) -> Layer:
     return {key: Given(value, "preset") for key, value in values.items()}
 
 
-def _merged(layers: Sequence[Layer], problems: list[str]) -> dict[str, Any]:
-    """The checked values of the layers; later ones win, and mappings gain entries, from the default's onwards."""
-    values: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in checked(layer, problems).items():
-            if isinstance(value, Mapping):
-                section, _, name = key.partition(".")
-                value = {**values.get(key, getattr(SECTIONS[section](), name)), **value}
-            values[key] = value
-    return values
-
-
 def _last(layers: Sequence[Layer], key: str) -> Any:
     """What the topmost layer that has the key says; None when no layer has it."""
     return next((layer[key].value for layer in reversed(layers) if key in layer), None)
 
 
 def _train_params(identity: Identity, values: Mapping[str, Any]) -> TrainParams:
-    sections = _sections(values)
+    sections = sections_of(values)
     names = {
         own: getattr(sections[section], name)
         for own, key in identity.own_names().items()
         for section, _, name in [key.partition(".")]
     }
     return TrainParams(**identity._asdict(), **names, task=values.get("task", identity.task), **sections)
-
-
-def _sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One dataclass per section from dotted values; fields that are not given keep their defaults."""
-    return {
-        section: cls(**{key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")})
-        for section, cls in SECTIONS.items()
-    }
 
 
 def _plain(value: Any) -> Any:
@@ -290,11 +237,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(entry) for entry in value]
     return value
-
-
-def _user_error(problems: Sequence[str]) -> UserError:
-    if len(problems) == 1:
-        return UserError(problems[0])
-    return UserError(
-        f"{len(problems)} errors in the parameters:\n" + "\n".join(f"  - {problem}" for problem in problems)
-    )

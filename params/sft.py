@@ -6,6 +6,7 @@ from typing import Literal
 from params.bounds import Count, CountOrZero, NonNegative, Positive, Share
 
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
+BestMetric = Literal["loss", "chrf", "bleu4", "cider", "exact"]  # of held-out rows; all but the loss need eval_captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,12 @@ class SFTParams:
     logging_steps: Count = 50  # optimizer steps between log events
     save_steps: Count = 500  # optimizer steps between checkpoints
     eval_steps: Count = 500  # optimizer steps between evaluations on the held-out split
+    eval_captions: CountOrZero = 0  # held-out rows captioned at each evaluation, spread over the languages; 0: none
     save_total_limit: Count = 2  # checkpoints kept
-    load_best_model_at_end: bool = True  # the best directory holds the lowest held-out loss; False: the last step
+    best_metric: BestMetric = "loss"  # loss, chrf, bleu4, cider or exact: chooses the best adapter, stops early
+    load_best_model_at_end: bool = True  # the best directory holds the best by best_metric; False: the last step
     early_stopping_patience: CountOrZero = 3  # evaluations without improvement before stopping; 0 turns it off
-    early_stopping_threshold: NonNegative = 0.01  # smallest fall of the evaluation loss that counts as one
+    early_stopping_threshold: NonNegative = 0.01  # smallest gain that counts as one: nats of the loss, points of others
     over_length: Literal["shorten", "drop", "error"] = "shorten"  # a row above max_length: shorten its news text
     report_to: tuple[Tracker, ...] = ()  # experiment trackers; none by default
     llama_32_output_dir: str = "outputs/llama32_basic"

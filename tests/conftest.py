@@ -2,21 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from tiny_families import TinyFamily, tiny_family
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from inft.models import MODELS, load_spec
-from inft.models.collate import CaptionCollator
-from inft.models.loading import load_model, load_processor
-from inft.models.spec import ModelSpec
+from inft.models import MODELS
 from inft.sample import Prompt, Sample
-from params import BasicParams
 
 torch.set_num_threads(1)
 
@@ -31,32 +26,6 @@ class StillImage:
 
     def load(self) -> Image.Image:
         return self.image
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyFamily:
-    """A model family with its embedded processor; models are loaded afresh, so that a test may change them."""
-
-    spec: ModelSpec
-    processor: Any
-
-    @property
-    def tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
-
-    def model(self, *, quantization_config: Any = None, **basic: Any) -> PreTrainedModel:
-        basic = {"dtype": "float32", **basic}
-        return load_model(self.spec, "", basic=BasicParams(**basic), quantization_config=quantization_config)
-
-    def collator(self, **options: Any) -> CaptionCollator:
-        collator: CaptionCollator = self.spec.collator(self.processor, **options)
-        return collator
-
-
-@lru_cache
-def tiny_family(name: str) -> TinyFamily:
-    spec = load_spec(name)
-    return TinyFamily(spec=spec, processor=load_processor(spec, ""))
 
 
 @pytest.fixture(params=MODELS)

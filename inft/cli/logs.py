@@ -32,8 +32,8 @@ def tail(
     logs_dir: LogsDir = LOGS,
 ) -> None:
     """Print the last events of a log, a line each."""
-    from inft.cli.logfiles import find_log, followed_events
     from inft.cli.logtext import event_line
+    from inft.training.logfiles import find_log, followed_events
     from inft.training.runlog import read_events
 
     path = find_log(logs_dir, task)
@@ -49,8 +49,8 @@ def show(task: AnyTask = None, logs_dir: LogsDir = LOGS) -> None:
 
     When each began, on what, how far and how well it went, and how it ended.
     """
-    from inft.cli.logfiles import all_logs, find_log, split_runs, task_of
     from inft.cli.logtext import runs_table
+    from inft.training.logfiles import all_logs, find_log, split_runs, task_of
     from inft.training.runlog import read_events
 
     paths = [find_log(logs_dir, task)] if task else all_logs(logs_dir)
@@ -70,8 +70,8 @@ def plot(
     Loss, learning rate, gradient norm and evaluation loss, with CRAFT its two losses and the contrastive accuracy,
     with those of the runs that it went on from.
     """
-    from inft.cli.logfiles import find_log, last_run, task_of
-    from inft.cli.plot import plot_run
+    from inft.training.curves import plot_run
+    from inft.training.logfiles import find_log, last_run, task_of
     from inft.training.runlog import read_events
 
     path = find_log(logs_dir, task)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from inft.cli.logfiles import Event, Run
+from inft.training.logfiles import Event, Run, run_status
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,19 +52,9 @@ def run_row(task: str, run: Run) -> tuple[str, ...]:
         data,
         str(max(steps)) if steps else "0",
         _value(logs[-1].get("loss")) if logs else "",
-        f"{_value(best[-1].get('value'))} @ {best[-1].get('step')}" if best else "",
+        _best(best[-1]) if best else "",
         run_status(run),
     )
-
-
-def run_status(run: Run) -> str:
-    """How a run ended; "unfinished" while it runs and after a kill, since the log cannot tell them apart."""
-    for event in reversed(run):
-        if event.get("event") == "error":
-            return f"error: {event.get('kind', '')} {event.get('message', '')}".strip()
-        if event.get("event") == "run_end":
-            return str(event.get("status"))
-    return "unfinished"
 
 
 def _clock(event: Event, pattern: str) -> str:
@@ -78,3 +68,10 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_value(entry)}" for key, entry in value.items()) + "}"
     return str(value)
+
+
+def _best(event: Event) -> str:
+    """ "0.4321 @ 300"; of a metric other than the loss with its name, "chrf 63.21 @ 300"."""
+    name = str(event.get("metric") or "").removeprefix("eval_")
+    prefix = f"{name} " if name not in ("loss", "") else ""
+    return f"{prefix}{_value(event.get('value'))} @ {event.get('step')}"

@@ -36,12 +36,14 @@ ModelName = Annotated[
     str | None, _text("--model", metavar="ID|PATH", words="Another model of the family: hub id or local path.")
 ]
 Data = Annotated[str | None, field_option("data.data", metavar="SOURCE|PATH", default="munichus")]
-Languages = Annotated[str | None, field_option("data.languages", metavar="CODE,…")]
+Languages = Annotated[str | None, field_option("data.languages", metavar="CODE,…|all")]
 RowsPerLanguage = Annotated[str | None, field_option("data.max_rows_per_lang", metavar="N")]
 EvalFraction = Annotated[str | None, field_option("data.eval_fraction", metavar="SHARE")]
 BadFraction = Annotated[str | None, field_option("data.max_bad_fraction", metavar="SHARE")]
 Epochs = Annotated[str | None, field_option("sft.num_epochs", metavar="N")]
 MaxSteps = Annotated[str | None, field_option("sft.max_steps", metavar="N")]
+EvalCaptions = Annotated[str | None, field_option("sft.eval_captions", metavar="N")]
+BestMetric = Annotated[str | None, field_option("sft.best_metric", metavar="NAME")]
 Seed = Annotated[str | None, field_option("basic.seed", metavar="N")]
 Craft = Annotated[
     bool | None,
@@ -113,6 +115,8 @@ def train(
     max_bad_fraction: BadFraction = None,
     epochs: Epochs = None,
     max_steps: MaxSteps = None,
+    eval_captions: EvalCaptions = None,
+    best_metric: BestMetric = None,
     seed: Seed = None,
     craft: Craft = None,
     craft_preset: CraftPreset = None,
@@ -139,6 +143,8 @@ def train(
         "max_bad_fraction": max_bad_fraction,
         "epochs": epochs,
         "max_steps": max_steps,
+        "eval_captions": eval_captions,
+        "best_metric": best_metric,
         "seed": seed,
         "craft": craft,
         "craft_preset": craft_preset,
@@ -175,7 +181,7 @@ def run(params: "TrainParams", *, resume: str | None, overwrite: bool, dry_run: 
 
 def refuse_early(params: "TrainParams", *, resume: str | None, overwrite: bool, dry_run: bool) -> None:
     """UserError for what can be found wrong without torch, whose import takes seconds."""
-    from inft.cli.extras import require_extras
+    from inft.cli.extras import SCORING, require_extras
     from inft.data.locate import find_source
     from inft.models.loading import local_source
     from inft.training.resume import refuse_foreign_output
@@ -189,4 +195,5 @@ def refuse_early(params: "TrainParams", *, resume: str | None, overwrite: bool, 
         local_source(params.model_name)
     if not dry_run:
         refuse_foreign_output(params, resume=resume is not None, overwrite=overwrite)
-    require_extras("trl", "peft", "accelerate", "datasets", *(["bitsandbytes"] if params.qlora.load_in_4bit else []))
+    needed = ["trl", "peft", "accelerate", "datasets", *(["bitsandbytes"] if params.qlora.load_in_4bit else [])]
+    require_extras(*needed, *(SCORING if params.sft.eval_captions else ()))

@@ -81,6 +81,17 @@ class BadImage:
         raise ImageError(self.reason)
 
 
+def peek_size(image: ImageRef) -> tuple[int, int] | None:
+    """Return (width, height) of an image file from its header alone; None where only decoding would tell."""
+    if not isinstance(image, FileImage):
+        return None
+    try:
+        with Image.open(image.path, formats=_FORMATS) as opened:
+            return opened.size
+    except (*_DAMAGE, Image.DecompressionBombError):
+        return None
+
+
 def file_image(directory: Path, name: Any) -> FileImage | BadImage:
     """Return the image that a row names by its path in ``directory``; a BadImage for a URL or a path that leaves it.
 

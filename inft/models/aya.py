@@ -1,7 +1,7 @@
 """Aya Vision (SigLIP + Cohere2): image tiles become tokens of the language model's own sequence."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from inft.models.collate import CaptionCollator
 from inft.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Cohere's turns with the answer marked. The beginning-of-text token is the tokenizer's own addition. The generation
@@ -91,6 +92,14 @@ def most_image_tokens(processor: Any) -> int:
     return (processor.image_processor.max_patches + 1) * (patches + 1) + 3  # a mark before each tile, three around
 
 
+def image_features(model: "PreTrainedModel", processor: Any, images: "Sequence[Image]") -> Tensor:
+    """Return the mean of the vision tower's patch features of each image, as one tile [images, features]."""
+    tower = model.model.vision_tower
+    batch = processor.image_processor(list(images), crop_to_patches=False, return_tensors="pt")
+    patches: Tensor = tower(batch["pixel_values"].to(tower.device, tower.dtype)).last_hidden_state
+    return patches.mean(1)
+
+
 def released_8b() -> "PretrainedConfig":
     """Return the configuration of aya-vision-8b."""
     from transformers import AyaVisionConfig
@@ -142,4 +151,8 @@ SPEC = ModelSpec(
     prepare=prepare,
     most_image_tokens=most_image_tokens,
     image_token_count=image_token_count,
+    image_features=image_features,
+    plain_differs="transformers leaves the factor text_config.logit_scale out of this model: multiply its logits by it, "
+    "or load it with inft.models.loading.load_model. Greedy captions are the same without; losses and sampling are "
+    "not.",
 )

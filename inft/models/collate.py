@@ -71,7 +71,7 @@ class CaptionCollator:
             self.frame = find_frame(processor, self.template, self.control, parts=self.parts)
         self.end_token_id, self._added_tokens = self._probe()
         # Shared memory: DataLoader workers count too.
-        self._counts = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._counts = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     @property
     def shortened(self) -> int:
@@ -82,6 +82,11 @@ class CaptionCollator:
     def dropped(self) -> int:
         """Rows dropped so far because they were above max_length."""
         return int(self._counts[1])
+
+    @property
+    def shots_dropped(self) -> int:
+        """Examples left out so far because prompts were above max_length with them."""
+        return int(self._counts[2])
 
     def __call__(self, features: Sequence[Sample | Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the training batch of some samples, right-padded, with `labels`."""
@@ -98,18 +103,32 @@ class CaptionCollator:
         batch["labels"] = batch["input_ids"].masked_fill(~supervised, IGNORED)
         return _channels_last(batch)
 
-    def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def prompts(self, samples: Sequence[Sample], shots: Sequence[Sequence[Sample]] = ()) -> dict[str, Tensor]:
         """Return the prompts alone, left-padded and ending in the generation prompt, for `generate`.
 
-        A prompt above max_length has its news text shortened (an error under over_length="error"): an evaluation
-        never drops a row.
+        `shots` are the examples before each prompt, answered turns of the same conversation. A prompt above max_length
+        loses its last examples; without any its news text is shortened (an error under over_length="error"): an
+        evaluation never drops a row.
         """
         rows = [(self._neutral(sample), self._load(sample)) for sample in samples]
-        batch = self._encode_prompts(rows)
-        lengths = batch["attention_mask"].sum(1).tolist()
-        if max(lengths) > self.max_length:
-            batch = self._encode_prompts(self._fit(rows, lengths, self._prompt_text, may_drop=False))
+        before = [[(self._neutral(shot), self._load(shot)) for shot in row] for row in shots] or [[] for _ in rows]
+        while True:
+            batch = self._encode_prompts(rows, before)
+            lengths = batch["attention_mask"].sum(1).tolist()
+            long = [i for i, length in enumerate(lengths) if length > self.max_length]
+            with_shots = [i for i in long if before[i]]
+            if not with_shots:
+                break
+            for i in with_shots:
+                before[i].pop()
+                self._counts[2] += 1
+        if long:
+            batch = self._encode_prompts(self._fit(rows, lengths, self._prompt_text, may_drop=False), before)
         return _channels_last(batch)
+
+    def rough_length(self, sample: Sample, size: tuple[int, int] | None) -> int:
+        """Return what grows with the tokens of a prompt, to sort by; `size` is that of its image, where it is known."""
+        return len(sample.prompt.text) + len((self._image_text(size) if size else None) or "")
 
     def lengths(self, samples: Sequence[Sample]) -> list[int]:
         """Return how many tokens each sample's whole row has, image tokens included and nothing shortened.
@@ -181,9 +200,13 @@ class CaptionCollator:
     def _messages(self, sample: Sample, image: Any, *, answered: bool = True) -> list[Message]:
         return conversation(sample.prompt.text, sample.answer if answered else None, image=image, parts=self.parts)
 
-    def _prompt_text(self, sample: Sample, image: Any) -> str:
-        messages = self._messages(sample, image, answered=False)
-        return render(self.processor, self.template, messages, generation_prompt=True)
+    def _dialogue(self, sample: Sample, image: Any, before: Sequence[tuple[Sample, Any]]) -> list[Message]:
+        """The examples before a prompt as answered turns, and the prompt."""
+        turns = [turn for shot in before for turn in self._messages(*shot)]
+        return [*turns, *self._messages(sample, image, answered=False)]
+
+    def _prompt_text(self, sample: Sample, image: Any, before: Sequence[tuple[Sample, Any]] = ()) -> str:
+        return render(self.processor, self.template, self._dialogue(sample, image, before), generation_prompt=True)
 
     def _text(self, sample: Sample, image: Any) -> str:
         return render(self.processor, self.template, self._messages(sample, image), generation_prompt=False)
@@ -234,8 +257,11 @@ class CaptionCollator:
             template, messages = SPLICE_TEMPLATE, [self._spliced(*row) for row in rows]
         return self._process(messages, template, "right", return_assistant_tokens_mask=True)
 
-    def _encode_prompts(self, rows: Sequence[tuple[Sample, Any]]) -> dict[str, Any]:
-        messages = [self._messages(*row, answered=False) for row in rows]
+    def _encode_prompts(
+        self, rows: Sequence[tuple[Sample, Any]], shots: Sequence[Sequence[tuple[Sample, Any]]] = ()
+    ) -> dict[str, Any]:
+        befores = shots or [()] * len(rows)
+        messages = [self._dialogue(*row, before) for row, before in zip(rows, befores, strict=True)]
         return self._process(messages, self.template, "left", add_generation_prompt=True)
 
     def _process(self, messages: list[list[Message]], template: str, side: str, **options: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Llama 3.2 Vision (Mllama): a language model whose cross-attention layers look at up to four tiles of an image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from inft.models.collate import CaptionCollator
 from inft.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PretrainedConfig, PreTrainedModel
 
 # Renders as the released template does for conversations without tools, with the answer marked. Text-only
@@ -93,6 +94,17 @@ def image_token_count(processor: Any, batch: Mapping[str, Any]) -> tuple[int, in
     return tokens, 0 if ratios is None else int((ratios > 0).sum())
 
 
+def image_features(model: "PreTrainedModel", processor: Any, images: "Sequence[Image]") -> Tensor:
+    """Return the mean of the vision tower's patch features over each image's own tiles [images, features]."""
+    tower = model.model.vision_model
+    batch = processor.image_processor([[image] for image in images], return_tensors="pt")
+    inputs = {name: batch[name].to(tower.device) for name in ("aspect_ratio_ids", "aspect_ratio_mask")}
+    pixels = batch["pixel_values"].to(tower.device, tower.dtype)
+    patches = tower(pixel_values=pixels, **inputs).last_hidden_state  # [images, 1, tiles, patches, features]
+    tiles = inputs["aspect_ratio_mask"].to(patches.dtype)  # [images, 1, tiles], 0 where a tile is padding
+    return (patches.mean(3) * tiles[..., None]).sum((1, 2)) / tiles.sum((1, 2))[:, None]
+
+
 def released_11b() -> "PretrainedConfig":
     """Return the configuration of Llama-3.2-11B-Vision-Instruct."""
     from transformers import MllamaConfig
@@ -154,4 +166,7 @@ SPEC = ModelSpec(
     prepare=prepare,
     most_image_tokens=lambda processor: 1,
     image_token_count=image_token_count,
+    image_features=image_features,
+    plain_differs="in a batch that mixes rows with and without an image, transformers lets the text-only ones attend "
+    "to padding; inft.models.loading.load_model loads it without that. Other batches are the same.",
 )

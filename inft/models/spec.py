@@ -1,10 +1,12 @@
 """ModelSpec: the contract that each model family fulfils in one file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -26,3 +28,6 @@ class ModelSpec:
     prepare: "Callable[[PreTrainedModel], PreTrainedModel]"  # mends a freshly loaded model (Aya's logit scale)
     most_image_tokens: Callable[[Any], int]  # processor -> tokens that an image takes at the most; 0: takes no images
     image_token_count: Callable[[Any, Mapping[str, Any]], tuple[int, int]] | None  # of a batch
+    # (model, processor, images) -> [images, features]: what the vision tower makes of each; None: takes no images
+    image_features: "Callable[[PreTrainedModel, Any, Sequence[Image]], Tensor] | None"
+    plain_differs: str  # what plain transformers does otherwise with a saved model, in a sentence; "": nothing

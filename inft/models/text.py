@@ -37,8 +37,12 @@ class TextCollator(CaptionCollator):
         batch["assistant_masks"] = (offsets[..., 0] < end) & (offsets[..., 1] > begin)
         return batch
 
-    def _encode_prompts(self, rows: Sequence[tuple[Sample, Any]]) -> dict[str, Any]:
-        batch = self._tokenise([self._prompt_text(*row) for row in rows], "left")
+    def _encode_prompts(
+        self, rows: Sequence[tuple[Sample, Any]], shots: Sequence[Sequence[tuple[Sample, Any]]] = ()
+    ) -> dict[str, Any]:
+        befores = shots or [()] * len(rows)
+        texts = [self._prompt_text(*row, before=before) for row, before in zip(rows, befores, strict=True)]
+        batch = self._tokenise(texts, "left")
         del batch["offset_mapping"]
         return batch
 
@@ -101,4 +105,6 @@ SPEC = ModelSpec(
     prepare=prepare,
     most_image_tokens=lambda processor: 0,
     image_token_count=None,
+    image_features=None,
+    plain_differs="",
 )

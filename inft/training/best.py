@@ -1,4 +1,4 @@
-"""The stored adapter: written whole or not at all, described by best.json, loadable on the untouched base model."""
+"""The stored adapter: how it is chosen; written whole or not at all, described by best.json, loadable on the base."""
 
 import copy
 import hashlib
@@ -13,13 +13,59 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
+from inft.evaluation.metrics import METRICS, Metric
 from inft.training.processes import is_main
 from inft.training.runlog import JsonlLogger
 from inft.training.storage import BEST_FILE, file_sha256, staged
-from params import TrainParams, UserError
+from params import SFTParams, TrainParams, UserError
 
 ADAPTER_NAME = "default"
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "quantization_config", "use_cache", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """The figure of the held-out rows that chooses the best adapter and stops a run early."""
+
+    name: str  # "eval_loss", "eval_chrf": in the metrics of an evaluation, in best.json and in the log
+    metric: Metric
+    why: str  # of the adapter that is stored by it
+
+    def improves(self, value: float, reference: float | None, *, by: float = 0.0) -> bool:
+        """Whether ``value`` is better than ``reference`` by more than ``by``; any value is better than None."""
+        if reference is None:
+            return True
+        return value > reference + by if self.metric.higher_is_better else value < reference - by
+
+    def said(self, value: float) -> str:
+        """A value as a person is told it: "held-out loss 1.2345", "held-out chrF 63.2"."""
+        return f"{self.title} {self.metric.shown(value)}"
+
+    @property
+    def title(self) -> str:
+        """ "held-out loss", "held-out chrF"."""
+        return f"held-out {self.metric.title}"
+
+    @property
+    def best(self) -> str:
+        """ "lowest", "highest"."""
+        return "highest" if self.metric.higher_is_better else "lowest"
+
+
+LOSS = Criterion(
+    name="eval_loss",
+    metric=Metric(title="loss", decimals=4, higher_is_better=False),
+    why="lowest loss per supervised token on the held-out rows so far",
+)
+
+
+def criterion_of(sft: SFTParams) -> Criterion:
+    """What ``sft.best_metric`` stands for."""
+    if sft.best_metric == "loss":
+        return LOSS
+    metric = METRICS[sft.best_metric]
+    why = f"highest {metric.title} of the captions generated for held-out rows so far (higher is better)"
+    return Criterion(name=f"eval_{sft.best_metric}", metric=metric, why=why)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +73,7 @@ class BestRecord:
     """What best.json says of the adapter beside it."""
 
     step: int  # optimizer step whose weights these are
-    metric: str | None  # "eval_loss"; None: not chosen by a metric
+    metric: str | None  # "eval_loss", "eval_chrf"; None: not chosen by a metric
     value: float | None
     why: str  # one sentence: how this step came to be the stored one
     model: str  # family: llama32, aya, text
@@ -79,6 +125,8 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     # Embeddings are never adapted here; "auto" would ask the hub whether their size changed.
     model.save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # a model card that says nothing yet
+    for weights in directory.glob("*.safetensors"):  # which safetensors lets nobody but their owner read
+        weights.chmod((directory / "adapter_config.json").stat().st_mode)
 
 
 def config_sha256(config: PretrainedConfig) -> str:
@@ -108,13 +156,14 @@ class BestKeeper:
         self.directory = Path(params.best_model_dir)
         self.initial = InitialAdapter(model) if params.lora.init == "pissa" else None
         self.base_config_sha256 = config_sha256(model.get_base_model().config)
+        self.criterion = criterion_of(params.sft)
 
     def keep(self, step: int, value: float) -> None:
-        """Store the adapter as the one with the lowest held-out loss so far."""
-        self._store(step, "eval_loss", value, "lowest loss per supervised token on the held-out rows so far")
+        """Store the adapter as the best one by ``sft.best_metric`` so far."""
+        self._store(step, self.criterion.name, value, self.criterion.why)
 
     def finish(self, step: int, *, evaluated: bool) -> None:
-        """Store the last step's adapter when none was chosen by its held-out loss."""
+        """Store the last step's adapter when none was chosen by an evaluation."""
         if not self.params.sft.load_best_model_at_end:
             self._store(step, None, None, "sft.load_best_model_at_end is off: the last step")
         elif not evaluated:

@@ -5,12 +5,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from inft.training.best import LOSS, Criterion
+from inft.training.captions import CAPTIONS, Captioned
 from inft.training.processes import any_of, process_count
 from inft.training.runlog import JsonlLogger
 
@@ -83,6 +85,7 @@ class TrainerLoggingCallback(TrainerCallback):
             languages={key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)},
             seconds=metrics.get("eval_runtime"),
             token_accuracy=metrics.get("eval_mean_token_accuracy"),
+            **_caption_fields(metrics.get(CAPTIONS)),
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -106,27 +109,49 @@ class TrainerLoggingCallback(TrainerCallback):
         return None if window is None else (tokens - window[1]) / (now - window[0] - paused)
 
 
+def _caption_fields(captioned: Captioned | None) -> dict[str, Any]:
+    """What an eval event says of captions, where some were generated."""
+    if captioned is None:
+        return {}
+    return {
+        "captions": captioned.figures,
+        "caption_rows": captioned.rows,
+        "caption_examples": [asdict(example) for example in captioned.examples],
+    }
+
+
 @dataclass(kw_only=True)
 class BestSoFar:
-    """The lowest evaluation loss yet and how long it has been waited for; saved in every checkpoint."""
+    """The best value of the criterion yet and how long it has been waited for; saved in every checkpoint."""
 
     step: int | None = None
     value: float | None = None
-    reference: float | None = None  # the loss at the last fall that counted for early stopping
+    loss: float | None = None  # at that step: of equal values the one with the lower loss is better
+    reference: float | None = None  # the value at the last gain that counted for early stopping
     waited: int = 0  # evaluations since then
 
 
 class BestCallback(TrainerCallback):
-    """After each evaluation: stores the adapter when the loss is lower, stops when it has not fallen for long."""
+    """After each evaluation: stores the adapter when it is the best, stops when none has been better for long."""
 
     def __init__(
-        self, so_far: BestSoFar, *, keep: Callable[[int, float], None] | None, patience: int, threshold: float
+        self,
+        so_far: BestSoFar,
+        *,
+        keep: Callable[[int, float], None] | None,
+        patience: int,
+        threshold: float,
+        criterion: Criterion = LOSS,
     ) -> None:
-        """``keep(step, value)`` stores the current adapter; None stores none. ``patience`` 0 never stops."""
+        """``keep(step, value)`` stores the current adapter; None stores none. ``patience`` 0 never stops.
+
+        ``threshold`` is the smallest gain that counts for early stopping, in units of the criterion.
+        """
         self.so_far = so_far
         self.keep = keep
         self.patience = patience
         self.threshold = threshold
+        self.criterion = criterion
         self.stopped_early = False
 
     def on_evaluate(
@@ -139,14 +164,18 @@ class BestCallback(TrainerCallback):
     ) -> None:
         """Judge one evaluation."""
         assert metrics is not None
-        value, best = metrics["eval_loss"], self.so_far
-        if best.value is None or value < best.value:
+        value, loss, best = metrics[self.criterion.name], metrics["eval_loss"], self.so_far
+        # A metric of captions may stand at 0 for long while a model still learns: the loss decides there.
+        lower_at_a_tie = value == best.value and best.loss is not None and loss < best.loss
+        if self.criterion.improves(value, best.value) or lower_at_a_tie:
             if self.keep is not None:
                 self.keep(state.global_step, value)
-            best.step, best.value = state.global_step, value
-        # The reference moves only when a fall counts, so that many small falls add up to one that does.
-        if best.reference is None or value < best.reference - self.threshold:
+            best.step, best.value, best.loss = state.global_step, value, loss
+        # The reference moves only when a gain counts, so that many small gains add up to one that does.
+        if self.criterion.improves(value, best.reference, by=self.threshold):
             best.reference, best.waited = value, 0
+        elif lower_at_a_tie:
+            best.waited = 0
         else:
             best.waited += 1
         if self.patience_is_over and state.global_step < state.max_steps:
@@ -155,7 +184,7 @@ class BestCallback(TrainerCallback):
 
     @property
     def patience_is_over(self) -> bool:
-        """Whether the loss has not fallen for ``patience`` evaluations; never with patience 0."""
+        """Whether ``patience`` evaluations have brought no gain that counts; never with patience 0."""
         return self.patience > 0 and self.so_far.waited >= self.patience
 
 

@@ -16,6 +16,7 @@ from inft.data.batches import Loaded
 from inft.models.spec import ModelSpec
 from inft.sample import Sample
 from inft.training.adapters import Coverage, coverage
+from inft.training.best import criterion_of
 from inft.training.contrast import (
     Contrast,
     ContrastFigures,
@@ -66,6 +67,7 @@ class Plan:
     total: int  # parameters, a 4-bit weight counted as one
     tokens: TokenFigures
     steps: Steps
+    evaluation: Mapping[str, str]  # what -> what is done with the held-out rows, in words
     places: Mapping[str, str]  # what -> where it will be written
     contrast: ContrastFigures | None = None  # of CRAFT
 
@@ -145,6 +147,7 @@ def make_plan(
         total=total,
         tokens=count_tokens(loaded.train, collator),
         steps=count_steps(params, rows, windows=windows, processes=processes),
+        evaluation=evaluation_words(params, heldout=len(loaded.heldout)),
         contrast=contrast_figures(params, rows=rows, pairs=pairs, plan=windows, processes=processes),
         places={
             "checkpoints": f"{params.output_dir}/checkpoint-N",
@@ -154,6 +157,24 @@ def make_plan(
             "log": str(log_file(params)),
         },
     )
+
+
+def evaluation_words(params: TrainParams, *, heldout: int) -> dict[str, str]:
+    """What the held-out rows are for: what chooses the best adapter, and how many of them are captioned."""
+    sft, by = params.sft, criterion_of(params.sft)
+    nothing = None
+    if not sft.load_best_model_at_end:
+        nothing = "sft.load_best_model_at_end is off"
+    elif not heldout:
+        nothing = "no rows are held out"
+    chosen = f"{by.best} {by.title}" if nothing is None else f"nothing, since {nothing}: the last step is stored"
+    words = {"best adapter by": chosen}
+    if sft.eval_captions:
+        words["captions"] = (
+            f"{min(sft.eval_captions, heldout):,} of {heldout:,} held-out rows at each evaluation, of "
+            f"{params.basic.gen_max_new_tokens:,} tokens at most"
+        )
+    return words
 
 
 def log_file(params: TrainParams) -> Path:
@@ -222,6 +243,6 @@ def _figures_table(params: TrainParams, plan: Plan) -> Table:
     )
     for what, words in contrast_lines(params, plan.contrast) if plan.contrast else ():
         table.add_row(what, words)
-    for what, where in plan.places.items():
-        table.add_row(what, where)
+    for what, words in {**plan.evaluation, **plan.places}.items():
+        table.add_row(what, words)
     return table

@@ -26,10 +26,12 @@ from inft.models.collate import where
 from inft.models.loading import load_processor
 from inft.models.spec import ModelSpec
 from inft.sample import Sample
+from inft.training.captions import check_captions
 from inft.training.contrast import Contrast, read_contrast
 from inft.training.hardware import hardware, hardware_line
 from inft.training.plan import longest
 from inft.training.processes import agreed, gather, is_main, process_count, rank
+from inft.training.quiet import quiet_libraries
 from inft.training.resume import (
     PARAMS_FILE,
     QUARANTINE_FILE,
@@ -154,10 +156,7 @@ def prepare_process(params: TrainParams, console: Console) -> None:
     if not is_main():
         logging.set_verbosity_error()
         warnings.simplefilter("ignore")
-    # Deprecations between libraries are not the user's to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate|torch)\..*")
-    if not params.model_name or not console.is_terminal or not is_main():
-        logging.disable_progress_bar()
+    quiet_libraries(progress_bars=bool(params.model_name) and console.is_terminal and is_main())
     console.print(hardware_line(hardware()), highlight=False, soft_wrap=True)
 
 
@@ -198,6 +197,7 @@ def read_inputs(params: TrainParams, checkpoint: Path | None, *, dry_run: bool, 
     processor = load_processor(spec, params.processor_name, max_image_tiles=params.basic.max_image_tiles)
     collator = spec.collator(processor, max_length=params.basic.max_length, over_length=params.sft.over_length)
     loaded, too_long = without_long_rows(loaded, params, spec, processor, collator)
+    check_captions(params, loaded.heldout)
     contrast = read_contrast(
         params, loaded.train, spec=spec, processor=processor, collator=collator, quarantine_file=quarantine
     )

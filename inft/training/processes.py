@@ -191,6 +191,7 @@ class _Watch(threading.Thread):
         self.actions: list[Callable[[Failure], None]] = []
         self.agreed: UserError | None = None  # raised in every process: nobody has to be told
         self._ending = threading.Lock()
+        self._closing = threading.Event()
         self._told = False  # this process says itself why it ends
 
     def tell(self, error: BaseException) -> None:
@@ -203,13 +204,19 @@ class _Watch(threading.Thread):
         with self._ending:
             self._told = True
 
+    def close(self) -> None:
+        """Stop looking: a thread that is still in the store when Python ends aborts the process (std::terminate)."""
+        self._closing.set()
+        self.join(OUTLAST)
+
     def run(self) -> None:
         """Poll the store; a failure elsewhere ends this process."""
         import torch.distributed as dist
 
         try:
             while not self.looking.check(["failure"]):
-                time.sleep(POLL)
+                if self._closing.wait(POLL):
+                    return
             failure = Failure(**json.loads(self.looking.get("failure")))
         except dist.DistError:  # the launcher is gone, and its store with it
             return
@@ -267,6 +274,7 @@ def _start() -> _Watch:
         atexit.register(dist.destroy_process_group)
     watch = _Watch([_store(), _store()])
     watch.start()
+    atexit.register(watch.close)
     return watch
 
 

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from inft.training.captions import CAPTIONS, Captioned
+
 
 class ProgressReport(TrainerCallback):
     """Steps, loss, tokens per second and remaining time; evaluations are lines in both cases.
@@ -71,12 +73,15 @@ class ProgressReport(TrainerCallback):
         metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the loss on the held-out rows."""
+        """Show the loss on the held-out rows, and how good the captions of some of them are."""
         assert metrics is not None
         prefix = "eval_loss_"
         languages = [f"{key.removeprefix(prefix)} {metrics[key]:.4f}" for key in metrics if key.startswith(prefix)]
         parts = f" ({', '.join(languages)})" if len(languages) > 1 else ""
         self._line(f"step {state.global_step}/{state.max_steps} · held-out loss {metrics['eval_loss']:.4f}{parts}")
+        captioned: Captioned | None = metrics.get(CAPTIONS)
+        if captioned is not None:
+            self._line(f"step {state.global_step}/{state.max_steps} · captions: {captioned.line}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -31,6 +31,7 @@ HARMLESS = (
     "basic.num_threads",
     "basic.device_map",
     "basic.gen_*",
+    "data.cjk_tokens",
     "data.num_workers",
     "data.max_bad_fraction",
     "sft.num_epochs",
@@ -38,6 +39,7 @@ HARMLESS = (
     "sft.logging_steps",
     "sft.save_steps",
     "sft.eval_steps",
+    "sft.eval_captions",
     "sft.per_device_eval_batch_size",
     "sft.gradient_checkpointing",
     "sft.save_total_limit",
@@ -48,6 +50,8 @@ HARMLESS = (
     "best_model_dir",
     "basic.output_dir",
 )
+# But these are what captions are compared by, where they choose the best adapter.
+OF_CAPTIONS = ("sft.eval_captions", "basic.gen_max_new_tokens", "data.cjk_tokens")
 
 
 def write_manifest(checkpoint: Path, *, step: int) -> None:
@@ -230,9 +234,11 @@ def _foreign_files(output_dir: Path, best_dir: Path) -> list[str]:
 def changed_parameters(before: TrainParams, now: TrainParams) -> Iterator[tuple[str, Any, Any, bool]]:
     """(dotted name, old, new, harmless) of every parameter that differs between a run and its continuation."""
     old, new = dict(_flat(asdict(before))), dict(_flat(asdict(now)))
+    chosen_by_captions = before.sft.best_metric != "loss"
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            yield name, old.get(name), new.get(name), any(_matches(name, pattern) for pattern in HARMLESS)
+            harmless = any(_matches(name, pattern) for pattern in HARMLESS)
+            yield name, old.get(name), new.get(name), harmless and not (chosen_by_captions and name in OF_CAPTIONS)
 
 
 def refuse_changed_parameters(before: TrainParams, now: TrainParams) -> list[str]:
@@ -244,8 +250,9 @@ def refuse_changed_parameters(before: TrainParams, now: TrainParams) -> list[str
     if refused:
         raise UserError(
             "--resume: these parameters differ from those of the run in "
-            f"{now.output_dir}, so its losses could not be continued:\n  " + "\n  ".join(refused) + "\nGive the same "
-            "values again, or start another run with another --output-dir."
+            f"{now.output_dir}, so its losses, or the choice of its best adapter, could not be continued:\n  "
+            + "\n  ".join(refused)
+            + "\nGive the same values again, or start another run with another --output-dir."
         )
     return notes
 

@@ -23,8 +23,9 @@ from inft.data.pairs import group_ids
 from inft.models.loading import load_model
 from inft.models.spec import ModelSpec
 from inft.training.adapters import add_adapters
-from inft.training.best import BestKeeper, read_best
+from inft.training.best import BestKeeper, criterion_of, read_best
 from inft.training.callbacks import BestCallback, BestSoFar, GracefulStop, TrainerLoggingCallback, sigterm_interrupts
+from inft.training.captions import heldout_captions
 from inft.training.contrast import shortage_told_once
 from inft.training.guards import GuardResult, run_guards
 from inft.training.hardware import hardware, peak_memory, versions
@@ -72,7 +73,7 @@ class RunResult:
     output_dir: Path
     best_dir: Path  # of the stored adapter; there is none after a dry run or an early interruption
     best_step: int | None
-    best_metric: float | None  # evaluation loss of the stored adapter; None: it was not chosen by one
+    best_metric: float | None  # of the stored adapter, the figure that sft.best_metric names; None: not chosen by one
     log_file: Path
     global_step: int
     train_loss: float | None  # mean over all steps; None when none was made
@@ -135,6 +136,11 @@ def fit(
         log.event("run_end", **_run_end(result, seconds=time.perf_counter() - began, shortenings=shortenings))
     _say_goodbye(params, result, console)
     return result
+
+
+def evaluate_command(params: TrainParams) -> str:
+    """The command line that scores the stored adapter on held-out rows."""
+    return f"inft evaluate {params.model} --adapter {shlex.quote(params.best_model_dir)}"
 
 
 def resume_command(params: TrainParams) -> str:
@@ -201,6 +207,7 @@ def _trainer(
         processor=inputs.processor,
         best=_judge(params.sft, keeper),
         keep_checkpoints=params.sft.save_total_limit,
+        captions=heldout_captions(params, loaded.heldout, inputs.collator),
         callbacks=callbacks,
         fingerprint=inputs.fingerprint,
     )
@@ -213,6 +220,7 @@ def _judge(sft: SFTParams, keeper: BestKeeper) -> BestCallback:
         keep=keeper.keep if sft.load_best_model_at_end else None,
         patience=sft.early_stopping_patience,
         threshold=sft.early_stopping_threshold,
+        criterion=criterion_of(sft),
     )
 
 
@@ -302,9 +310,14 @@ def _say_goodbye(params: TrainParams, result: RunResult, console: Console) -> No
     if result.status == "interrupted":
         lines = [f"stopped after step {result.global_step}; go on with:", f"  {resume_command(params)}"]
     else:
-        value = f", held-out loss {result.best_metric:.4f}" if result.best_metric is not None else ""
-        word = "stopped early, the held-out loss no longer falls" if result.status == "early_stopped" else "finished"
-        lines = [f"{word}{loss} · step {result.best_step}{value} is stored in {result.best_dir}"]
+        by = criterion_of(params.sft)
+        value = f", {by.said(result.best_metric)}" if result.best_metric is not None else ""
+        still = f"the {by.title} no longer {'rises' if by.metric.higher_is_better else 'falls'}"
+        word = f"stopped early, {still}" if result.status == "early_stopped" else "finished"
+        lines = [
+            f"{word}{loss} · step {result.best_step}{value} is stored in {result.best_dir}",
+            f"captions and scores: {evaluate_command(params)}",
+        ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

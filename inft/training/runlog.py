@@ -16,15 +16,17 @@ SCHEMA_VERSION = 1
 
 COMMON = frozenset({"schema", "event", "time", "run"})  # time: seconds since 1970; run: id of one process's run
 
-# event -> the keys it always has besides COMMON; an event may have more
+# event -> the keys it always has besides COMMON; an event may have more. An eval event with generated captions has
+# captions (name in METRICS -> value), caption_rows and caption_examples (of language, reference, generated).
 EVENTS: Mapping[str, frozenset[str]] = {
     "run_start": frozenset({"task", "params", "versions", "hardware", "data", "resumed_from_step"}),
     "guard": frozenset({"name", "ok", "detail"}),
     "log": frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"}),
     "eval": frozenset({"step", "epoch", "loss", "tokens", "languages", "seconds"}),  # languages: code -> loss
     "checkpoint": frozenset({"step", "path"}),
-    "best": frozenset({"step", "metric", "value", "path"}),
+    "best": frozenset({"step", "metric", "value", "path"}),  # metric: eval_loss, eval_chrf, …; null: the last step
     "error": frozenset({"kind", "message"}),
+    # best_metric: the value of the best event's metric
     "run_end": frozenset({"status", "step", "best_step", "best_metric", "seconds", "peak_rss_bytes", "peak_gpu_bytes"}),
 }
 

@@ -18,6 +18,7 @@ from params.errors import UserError
 BEST_FILE = "best.json"  # beside a stored adapter: which step it is of and why
 STAGING = ".inft-staging-"  # prefix of a directory that is being written; left over only by a killed run
 PREVIOUS = ".inft-previous-"  # prefix of a directory on its way out
+RESUME = "Free space there (or lower sft.save_total_limit), then run the same command with --resume."
 _DISK_ERRNOS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -28,7 +29,7 @@ _DISK_ERRNOS = {
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, *, doing: str = "training into") -> Iterator[None]:
     """Hold a directory for this process; UserError when another one does. The lock ends with the process."""
     handle = os.open(directory, os.O_RDONLY)
     with ExitStack() as stack:
@@ -37,7 +38,7 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"another process is training into {directory}. Wait for it, stop it, or choose another --output-dir."
+                f"another process is {doing} {directory}. Wait for it, stop it, or choose another --output-dir."
             ) from error
         held = True
         # Workers inherit the handle and outlive a killed run by seconds: they must not hold the directory on.
@@ -49,11 +50,11 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged(final: Path, *, what: str) -> Iterator[Path]:
+def staged(final: Path, *, what: str, remedy: str = RESUME) -> Iterator[Path]:
     """Yield a new directory beside ``final``; when the block ends well it takes the place of ``final`` at once.
 
     A reader of ``final`` sees the old content or the new, whole. If the block fails, ``final`` is untouched and
-    what was written is removed; a full disk is a UserError that names ``what``.
+    what was written is removed; a full disk is a UserError that names ``what`` and the ``remedy``.
     """
     final = final.resolve()  # where a link points, often to a larger disk, and not the link itself
     staging = final.parent / f"{STAGING}{final.name}"
@@ -70,8 +71,7 @@ def staged(final: Path, *, what: str) -> Iterator[Path]:
         if reason is None:
             raise
         raise UserError(
-            f"{what} could not be saved to {final}: {reason}. What was saved before is intact. Free space there (or "
-            "lower sft.save_total_limit), then run the same command with --resume."
+            f"{what} could not be saved to {final}: {reason}. What was saved before is intact. {remedy}"
         ) from error
 
 

@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from craft.trainers import CRAFTSFTTrainer
 from inft.training.best import save_adapter
 from inft.training.callbacks import BestCallback
+from inft.training.captions import CAPTIONS, HeldoutCaptions
 from inft.training.head import add_compact_head
 from inft.training.processes import agreed, gather, is_main, process_count, rank
 from inft.training.resume import STATE_FILE, checkpoints, read_state, write_manifest
@@ -42,6 +43,7 @@ class CaptionTrainer(CRAFTSFTTrainer):
         best: BestCallback,
         keep_checkpoints: int,  # checkpoints that are not removed when another is saved
         fingerprint: str,  # of the rows, kept in every checkpoint
+        captions: HeldoutCaptions | None = None,  # what is generated at each evaluation
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         # Non-reentrant checkpointing needs no gradient of its input. Asked for one, transformers hooks the patch
@@ -71,6 +73,7 @@ class CaptionTrainer(CRAFTSFTTrainer):
         self.best = best
         self.keep_checkpoints = keep_checkpoints
         self.fingerprint = fingerprint
+        self.captions = captions
         self._staging: Path | None = None  # where a checkpoint is being written
         self._restored: dict[str, Any] | None = None  # STATE_FILE of the checkpoint the run goes on from
         self.remove_callback(PrinterCallback)  # prints dictionaries
@@ -127,17 +130,23 @@ class CaptionTrainer(CRAFTSFTTrainer):
     ) -> dict[str, float]:
         """Loss per supervised token over the whole held-out split, whatever the batch size; per language besides.
 
-        transformers averages the means of batches, so that a short answer counts more in a batch of its own.
+        transformers averages the means of batches, so that a short answer counts more in a batch of its own. The
+        figures of captions, where some are generated, stand beside the loss: ``eval_chrf`` and so on.
         """
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed: how often one evaluates must not matter
             metrics = self._score_heldout(self.get_eval_dataloader(eval_dataset), metric_key_prefix)
+        loss, captioned = metrics[f"{metric_key_prefix}_loss"], None
+        if self.captions is not None and math.isfinite(loss):
+            with self.accelerator.autocast():
+                captioned = self.captions.score(self.model)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in captioned.figures.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(metrics)
-        loss = metrics[f"{metric_key_prefix}_loss"]
         if not math.isfinite(loss):
             raise self._diverged(self.state.global_step, f"the evaluation loss is {loss}")
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # changes control in place
+        told = {**metrics, CAPTIONS: captioned}  # trackers, which have been told the metrics, take numbers only
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, told)  # changes control in place
         return metrics
 
     def _score_heldout(self, batches: DataLoader, prefix: str) -> dict[str, float]:

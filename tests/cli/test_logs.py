@@ -3,9 +3,9 @@ import threading
 
 import pytest
 
-from inft.cli.logfiles import all_logs, find_log, followed_events, last_run, split_runs
-from inft.cli.logtext import run_row, run_status
-from inft.cli.plot import points
+from inft.cli.logtext import run_row
+from inft.training.curves import points
+from inft.training.logfiles import all_logs, find_log, followed_events, last_run, run_status, split_runs
 from inft.training.runlog import JsonlLogger, read_events
 
 

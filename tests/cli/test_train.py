@@ -30,7 +30,7 @@ def test_every_flag_reaches_its_parameter(inft, asked, tmp_path):
     config.write_text("sft: {eval_steps: 50}\n", encoding="utf-8")
     words = "train aya --training-mode advanced --model /m --data x.jsonl --languages en,si --max-rows-per-lang 5"
     words += " --eval-fraction 0.2 --max-bad-fraction 0.5 --epochs 2 --seed 7 --no-quantize --output-dir out"
-    words += " --task aya_first"
+    words += " --task aya_first --eval-captions 12 --best-metric chrf"
     words += f" --config {config} --set sft.lr=1e-3 --set lora.r=4 --overwrite --resume last --dry-run"
     assert inft(*words.split()).status == 0
     [(params, options)] = asked
@@ -40,6 +40,7 @@ def test_every_flag_reaches_its_parameter(inft, asked, tmp_path):
     assert (data.data, data.languages, data.max_rows_per_lang, data.seed) == ("x.jsonl", ("en", "si"), 5, 7)
     assert (data.eval_fraction, data.max_bad_fraction) == (0.2, 0.5)
     assert (params.sft.num_epochs, params.sft.lr, params.sft.eval_steps) == (2, 1e-3, 50)
+    assert (params.sft.eval_captions, params.sft.best_metric) == (12, "chrf")
     assert (params.basic.seed, params.qlora.load_in_4bit, params.lora.r, params.output_dir) == (7, False, 4, "out")
     assert options == {"resume": "last", "overwrite": True, "dry_run": True}
 
@@ -154,6 +155,16 @@ def test_missing_extras_are_named_with_the_command_that_installs_them(inft, monk
     assert found.status == 2
     assert found.err == "error: not installed here: trl, bitsandbytes. Install them: pip install 'inft[trl,hf,peft]'.\n"
     assert "not installed here: trl." in inft("train", "text", "--demo").err  # nothing is quantised
+
+
+def test_captions_without_what_scores_them_name_the_extra(inft, monkeypatch):
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    found = inft("train", "text", "--demo", "--eval-captions", "8")
+    assert found.status == 2
+    assert found.err == "error: not installed here: MeCab. Install them: pip install 'inft[eval]'.\n"
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert "pip install 'inft[trl,hf,peft,eval]'" in inft("train", "text", "--demo", "--eval-captions", "8").err
+    assert "MeCab" not in inft("train", "text", "--demo").err  # nothing is scored
 
 
 def test_list_modules_names_the_extra_that_it_needs(inft, monkeypatch):

@@ -11,7 +11,7 @@ import inft
 from inft.data.prompts import build_prompt
 from inft.data.sample import scenes
 from inft.data.scene_captions import caption
-from inft.evaluation.generate import decode_captions, generate_captions
+from inft.evaluation.generate import Search, decode_captions, generate_captions
 from inft.models import load_spec
 from inft.sample import Sample
 from params import MUNIChusLoadConfig
@@ -75,7 +75,7 @@ def test_generation_leaves_modes_settings_and_random_state_as_they_were(captione
     modes = [module.training for module in model.modules()]
     settings = copy.deepcopy(model.generation_config).to_dict()
     state = torch.get_rng_state()
-    generate_captions(model, collator, samples[:2], max_new_tokens=4, batch_size=2, do_sample=True)
+    generate_captions(model, collator, samples[:2], max_new_tokens=4, batch_size=2, search=Search(do_sample=True))
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert model.generation_config.to_dict() == settings

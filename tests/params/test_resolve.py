@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from params import UserError
+from params.munichus import LANGUAGE_NAMES
 from params.presets import MODEL_NAMES, TRAINING_MODES
 from params.resolve import dump_yaml, load_params, resolve_train
 
@@ -94,9 +95,12 @@ def test_every_error_is_listed_at_once_with_its_place_and_a_suggestion(tmp_path)
         ("basic.gen_do_sample=no", "basic.gen_do_sample has no effect in inft train"),
         ("basic.gen_top_p=0.5", "basic.gen_top_p has no effect in inft train"),
         ("basic.gen_temperature=0.5", "basic.gen_temperature has no effect in inft train"),
-        ("basic.gen_max_new_tokens=9", "only a demo on the sample set"),
+        ("basic.gen_max_new_tokens=9", "only a demo on the sample set and --eval-captions generate captions"),
+        ("sft.best_metric=chrf", "add --eval-captions N, such as 64, or leave --best-metric out"),
+        ("sft.best_metric=meteor", "'loss', 'chrf', 'bleu4', 'cider' or 'exact', got 'meteor'"),
+        ("sft.eval_captions=-1", "at least 0"),
         ("basic.metric_dir=tables", "basic.metric_dir has no effect in inft train"),
-        ("data.cjk_tokens=ja", "data.cjk_tokens has no effect in inft train"),
+        ("data.cjk_tokens=ja", "data.cjk_tokens has no effect in inft train without captions to score"),
         ("qlora.bnb_4bit_compute_dtype=float16", "--set basic.dtype=float16"),
         ("basic.dtype=float16", "--set qlora.bnb_4bit_compute_dtype=float16"),
         ("task=../a", "--task"),
@@ -194,6 +198,23 @@ def test_a_model_brings_its_processor_unless_one_is_named():
 
 def test_the_demo_generates_captions_and_takes_their_length():
     assert resolve_train("aya", demo=True, overrides=["basic.gen_max_new_tokens=9"]).basic.gen_max_new_tokens == 9
+
+
+def test_captions_at_each_evaluation_take_their_length_and_languages_and_stay_greedy():
+    overrides = ["basic.gen_max_new_tokens=9", "data.cjk_tokens=ja"]
+    params = resolve_train("aya", overrides=overrides, flags={"eval_captions": "8", "best_metric": "chrf"})
+    assert (params.sft.eval_captions, params.sft.best_metric, params.basic.gen_max_new_tokens) == (8, "chrf", 9)
+    sampled = message("aya", overrides=["basic.gen_do_sample=no"], flags={"eval_captions": 8})
+    assert "basic.gen_do_sample has no effect in inft train, whose captions are greedy" in sampled
+
+
+def test_a_metric_that_would_choose_nothing_is_refused():
+    unused = ["sft.load_best_model_at_end=no", "sft.early_stopping_patience=0"]
+    flags = {"eval_captions": 8, "best_metric": "cider"}
+    assert "sft.best_metric=cider has no effect" in message("aya", overrides=unused, flags=flags)
+    for override in unused:  # the other one uses it
+        assert resolve_train("aya", overrides=[override], flags=flags).sft.best_metric == "cider"
+    assert resolve_train("aya", overrides=unused, flags={"eval_captions": 8}).sft.best_metric == "loss"
 
 
 def test_half_precision_is_switched_in_both_places():
@@ -308,3 +329,9 @@ def test_an_empty_output_directory_is_refused() -> None:
 @pytest.mark.parametrize(("word", "code"), [("urdu", "ur"), ("EN", "en"), ("Cantonses", "yue")])
 def test_a_language_written_out_is_told_its_code(word: str, code: str) -> None:
     assert f"did you mean {code}?" in message("text", demo=True, flags={"languages": word})
+
+
+def test_all_languages_are_those_that_have_a_name():
+    params = resolve_train("aya", flags={"languages": "all"}, overrides=["data.language_names.ta=Tamil"])
+    assert params.data.languages == (*LANGUAGE_NAMES, "ta")
+    assert resolve_train("aya", flags={"languages": "all"}).data.languages == tuple(LANGUAGE_NAMES)

@@ -6,28 +6,35 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from inft.training.best import LOSS, Criterion, criterion_of
 from inft.training.callbacks import BestCallback, BestSoFar, GracefulStop, TrainerLoggingCallback
+from inft.training.captions import CAPTIONS, Captioned, Example
 from inft.training.runlog import JsonlLogger, read_events
+from params import SFTParams
 
 ARGS: Any = None  # the callbacks tested here do not read the arguments
 
 
-def evaluated(callback: BestCallback, losses: list[float]) -> tuple[list[int], int | None]:
+CHRF = criterion_of(SFTParams(best_metric="chrf"))
+
+
+def evaluated(callback: BestCallback, values: list[float]) -> tuple[list[int], int | None]:
     """Steps at which the adapter was stored, and the step at which the callback asked to stop."""
     stored: list[int] = []
     if callback.keep is None:
         callback.keep = lambda step, value: stored.append(step)
-    for step, loss in enumerate(losses, start=1):
+    for step, value in enumerate(values, start=1):
         control = TrainerControl()
-        callback.on_evaluate(ARGS, TrainerState(global_step=step, max_steps=100), control, metrics={"eval_loss": loss})
+        metrics = {"eval_loss": 1.0, "eval_chrf": 50.0, callback.criterion.name: value}
+        callback.on_evaluate(ARGS, TrainerState(global_step=step, max_steps=100), control, metrics=metrics)
         if control.should_training_stop:
             assert control.should_save
             return stored, step
     return stored, None
 
 
-def judge(patience: int, threshold: float) -> BestCallback:
-    return BestCallback(BestSoFar(), keep=None, patience=patience, threshold=threshold)
+def judge(patience: int, threshold: float, criterion: Criterion = LOSS) -> BestCallback:
+    return BestCallback(BestSoFar(), keep=None, patience=patience, threshold=threshold, criterion=criterion)
 
 
 def test_every_lower_loss_is_stored_even_when_it_is_too_small_to_count_for_early_stopping() -> None:
@@ -43,6 +50,46 @@ def test_small_falls_add_up_to_one_that_counts() -> None:
     falling = [5.0 - 0.06 * i for i in range(20)]
     assert evaluated(judge(3, 0.1), falling)[1] is None
     assert evaluated(judge(3, 0.3), falling)[1] == 4
+
+
+def test_a_metric_of_captions_is_best_when_it_is_highest_and_of_equal_ones_the_earlier_stays() -> None:
+    assert evaluated(judge(3, 0.0, CHRF), [10.0, 30.0, 20.0, 30.0, 30.5]) == ([1, 2, 5], None)
+    assert evaluated(judge(3, 0.0), [3.0, 2.0, 2.5, 2.0]) == ([1, 2], None)
+    assert evaluated(judge(2, 0.0, CHRF), [10.0, 10.0, 10.0]) == ([1], 3)
+
+
+def test_of_equal_figures_the_one_with_the_lower_loss_is_better_and_worth_waiting_for() -> None:
+    callback, stored = judge(2, 0.0, CHRF), []
+    callback.keep = lambda step, value: stored.append(step)
+    losses = [5.0, 4.0, 3.0, 2.0, 2.5, 2.2]
+    for step, loss in enumerate(losses, start=1):
+        control = TrainerControl()
+        metrics = {"eval_loss": loss, "eval_chrf": 0.0}
+        callback.on_evaluate(ARGS, TrainerState(global_step=step, max_steps=100), control, metrics=metrics)
+        assert control.should_training_stop == (step == 6)
+    assert stored == [1, 2, 3, 4]
+
+
+def test_a_higher_figure_is_better_whatever_the_loss() -> None:
+    callback, stored = judge(0, 0.0, CHRF), []
+    callback.keep = lambda step, value: stored.append(step)
+    for step, (loss, chrf) in enumerate([(2.0, 10.0), (3.0, 20.0), (1.0, 15.0)], start=1):
+        metrics = {"eval_loss": loss, "eval_chrf": chrf}
+        callback.on_evaluate(ARGS, TrainerState(global_step=step, max_steps=9), TrainerControl(), metrics=metrics)
+    assert stored == [1, 2]
+
+
+def test_the_threshold_is_in_points_of_the_metric() -> None:
+    rising = [10.0 + 0.6 * i for i in range(20)]
+    assert evaluated(judge(3, 1.0, CHRF), rising)[1] is None
+    assert evaluated(judge(3, 2.0, CHRF), rising)[1] == 4
+
+
+def test_a_criterion_says_its_figure_in_the_metrics_own_unit() -> None:
+    by_exact = criterion_of(SFTParams(best_metric="exact"))
+    assert (LOSS.said(1.23456), CHRF.said(63.21)) == ("held-out loss 1.2346", "held-out chrF 63.2")
+    assert (by_exact.name, by_exact.said(35.0)) == ("eval_exact", "held-out exact 35.0%")
+    assert criterion_of(SFTParams()) is LOSS
 
 
 def test_stopping_early_is_not_claimed_at_the_last_step() -> None:
@@ -85,3 +132,18 @@ def test_tokens_per_second_leave_out_evaluations(tmp_path: Path, monkeypatch: py
     assert logs["tokens_per_second"] == 200
     kinds = [event["event"] for event in read_events(tmp_path / "log.jsonl")]
     assert kinds == ["eval", "log"]
+
+
+def test_an_evaluation_with_captions_logs_their_figures_and_examples_and_one_without_does_not(tmp_path: Path) -> None:
+    example = Example(language="si", reference="රතු", generated="නිල්")
+    captioned = Captioned(figures={"chrf": 12.5, "exact": 0.0}, rows=7, examples=[example])
+    with JsonlLogger(tmp_path / "log.jsonl") as log:
+        callback = TrainerLoggingCallback(log)
+        for told in (None, captioned):
+            metrics = {"eval_loss": 1.0, "eval_loss_si": 1.0, "eval_chrf": 12.5, CAPTIONS: told}
+            callback.on_evaluate(ARGS, TrainerState(global_step=1), TrainerControl(), metrics=metrics)
+    without, logged = read_events(tmp_path / "log.jsonl")
+    assert not any(key.startswith("caption") for key in without)
+    assert (logged["captions"], logged["caption_rows"]) == ({"chrf": 12.5, "exact": 0.0}, 7)
+    assert logged["caption_examples"] == [{"language": "si", "reference": "රතු", "generated": "නිල්"}]
+    assert logged["languages"] == {"si": 1.0}

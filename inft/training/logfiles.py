@@ -95,6 +95,16 @@ def last_run(events: Iterable[Event]) -> Run:
     return [event for run in joined for event in run]
 
 
+def run_status(run: Run) -> str:
+    """How a run ended; "unfinished" while it runs and after a kill, since the log cannot tell them apart."""
+    for event in reversed(run):
+        if event.get("event") == "error":
+            return f"error: {event.get('kind', '')} {event.get('message', '')}".strip()
+        if event.get("event") == "run_end":
+            return str(event.get("status"))
+    return "unfinished"
+
+
 def _output_dir(run: Run) -> str | None:
     directory: str | None = run[0].get("params", {}).get("output_dir")
     return directory
