@@ -2,6 +2,11 @@
 
 COMMANDS = {
     "train": "inft.cli.train:app",
+    "caption": "inft.cli.caption:app",
+    "evaluate": "inft.cli.evaluate:app",
+    "report": "inft.cli.report:app",
+    "merge": "inft.cli.merge:app",
+    "inspect": "inft.cli.inspect:app",
     "list-models": "inft.cli.list_models:app",
     "list-modules": "inft.cli.list_modules:app",
     "list-params": "inft.cli.list_params:app",

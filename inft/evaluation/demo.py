@@ -1,7 +1,6 @@
 """The demo around one training run: captions of held-out scenes before, after, and after with shuffled images."""
 
 import json
-import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from inft.evaluation.shuffle import with_shuffled_images
 from inft.sample import Sample
 from params import TrainParams
 
@@ -41,20 +41,6 @@ def chance(samples: Sequence[Sample]) -> float:
         by_language[sample.language][sample.answer] += 1
     pairs = sum(counts.total() * (counts.total() - 1) for counts in by_language.values())
     return sum(n * (n - 1) for counts in by_language.values() for n in counts.values()) / max(pairs, 1)
-
-
-def with_shuffled_images(samples: Sequence[Sample], *, seed: int) -> list[Sample]:
-    """The same rows, each with the input of another row of its language: the image, or the news text of a text row."""
-    by_language: dict[str, list[int]] = defaultdict(list)
-    for index, sample in enumerate(samples):
-        by_language[sample.language].append(index)
-    shuffled = list(samples)
-    for indices in by_language.values():
-        order = indices.copy()
-        random.Random(seed).shuffle(order)
-        for here, there in zip(order, order[1:] + order[:1], strict=True):
-            shuffled[here] = replace(samples[here], image=samples[there].image, prompt=samples[there].prompt)
-    return shuffled
 
 
 def shares_table(
@@ -89,14 +75,13 @@ def gallery_table(samples: Sequence[Sample], before: Sequence[str], after: Seque
 
 def run_demo(params: TrainParams, console: Console, *, resume: str | None, overwrite: bool) -> "RunResult":
     """Train on the drawn sample set and show that it learned: tables on the console, figures in demo.json."""
-    from peft import PeftModel
-
     from inft.data.batches import load_samples
     from inft.evaluation.generate import generate_captions
     from inft.models import load_spec
     from inft.models.loading import load_model, load_processor
     from inft.training.processes import is_main
     from inft.training.run import fit
+    from inft.training.stored import load_adapter, read_adapter
 
     result = fit(params, resume=resume, overwrite=overwrite, console=console)
     if result.status == "interrupted" or not is_main():
@@ -115,7 +100,7 @@ def run_demo(params: TrainParams, console: Console, *, resume: str | None, overw
         )
 
     before = captions(base, samples)
-    tuned = PeftModel.from_pretrained(base, str(result.best_dir))
+    tuned = load_adapter(base, read_adapter(result.best_dir), spec=spec)
     after = captions(tuned, samples)
     mixed = captions(tuned, with_shuffled_images(samples, seed=params.basic.seed))
 

@@ -16,9 +16,9 @@ from inft.evaluation.demo import (
     gallery_table,
     run_demo,
     shares_table,
-    with_shuffled_images,
     write_shares,
 )
+from inft.evaluation.shuffle import with_shuffled_images
 from inft.sample import Prompt, Sample
 from params import MUNIChusLoadConfig
 from params.resolve import resolve_train

@@ -22,16 +22,15 @@ from typing import Any
 
 import sacrebleu
 import torch
-import torch.nn.functional as F
-from peft import PeftModel
 
 from inft.data.batches import load_samples
 from inft.evaluation.demo import exact_shares
 from inft.evaluation.generate import generate_captions
+from inft.evaluation.loss import row_losses
 from inft.models import load_spec
 from inft.models.loading import load_model, load_processor
-from inft.sample import Sample
 from inft.training.runlog import read_events
+from inft.training.stored import load_adapter, read_adapter
 from params import MUNIChusLoadConfig, TrainParams
 from params.craft import CRAFT_PRESETS
 from params.resolve import load_params, resolve_train
@@ -106,8 +105,9 @@ def logged(events: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 def score(params: TrainParams, *, adapted: bool = True) -> dict[str, float]:
     spec = load_spec(MODEL)
     collator = spec.collator(load_processor(spec, ""), max_length=params.basic.max_length)
-    model = load_model(spec, "", basic=params.basic)
-    model = (PeftModel.from_pretrained(model, params.best_model_dir) if adapted else model).eval()
+    model: Any = load_model(spec, "", basic=params.basic)
+    if adapted:
+        model = load_adapter(model, read_adapter(Path(params.best_model_dir)), spec=spec)
     drawn = params.data.data == "sample"
     rows = replace(
         params.data, split="test" if drawn else "validation", eval_fraction=0.0, max_rows_per_lang=PER_LANGUAGE
@@ -119,26 +119,14 @@ def score(params: TrainParams, *, adapted: bool = True) -> dict[str, float]:
     known = load_samples(scenes, quarantine_file=None, with_images=True).train
     captions = generate_captions(model, collator, taught, max_new_tokens=96, batch_size=PER_LANGUAGE)
     shares = exact_shares(taught, captions).values()
+    losses = row_losses(model, collator, known, batch_size=PER_LANGUAGE)
     remembered = generate_captions(model, collator, known, max_new_tokens=96, batch_size=PER_LANGUAGE)
     return {
         "exact": sum(shares) / len(shares),
         "chrF": sacrebleu.corpus_chrf(captions, [[sample.answer for sample in taught]]).score,
         "known exact": sum(exact_shares(known, remembered).values()) / len(KNOWN),
-        "known loss": token_loss(model, collator, known),
+        "known loss": sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses),
     }
-
-
-@torch.no_grad()
-def token_loss(model: Any, collator: Any, samples: Sequence[Sample]) -> float:
-    """Mean negative log-likelihood of a supervised token, in nats."""
-    total, tokens = 0.0, 0
-    for start in range(0, len(samples), PER_LANGUAGE):
-        batch = collator(samples[start : start + PER_LANGUAGE])
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        total += F.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="sum").item()
-        tokens += int((labels != -100).sum())
-    return total / tokens
 
 
 def read(path: Path) -> list[dict[str, Any]]:

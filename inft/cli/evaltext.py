@@ -1,0 +1,80 @@
+"""What an evaluation found besides scores, as text for a terminal."""
+
+from typing import TYPE_CHECKING
+
+from inft.evaluation.metrics import ALL, METRICS, Score, Scores
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from inft.evaluation.records import Drift, Forgetting
+
+HEADINGS = ("chrF\nbase", "\nadapter", "\ndifference (95 %)", "\nadapter, shuffled", "exact\nbase", "\nadapter")
+LOSSES = {"base": "loss\nbase", "adapter": "\nadapter", "base_text_only": "without image\nbase"}
+LOSSES["adapter_text_only"] = "\nadapter"
+
+
+def forgetting_table(found: "Forgetting") -> "Table":
+    """A row per language: base, adapter, what was lost with its interval, the shuffled control, and losses.
+
+    forgetting.json has every metric.
+    """
+    from rich.table import Table
+
+    table = Table(title=f"Forgetting on {found.data}, {found.split}: {found.rows:,} rows")
+    table.add_column("language")
+    for heading in (
+        "chrF\nbase",
+        "\nadapter",
+        "\ndifference (95 %)",
+        "\nadapter, shuffled",
+        "exact\nbase",
+        "\nadapter",
+    ):
+        table.add_column(heading, justify="right")
+    for heading in LOSSES.values():
+        table.add_column(heading, justify="right")
+    for language in found.base:
+        if language == ALL:
+            table.add_section()
+        mark = " *" if language in found.could_do else ""
+        table.add_row(f"{found.language_names.get(language, language)} ({language}){mark}", *_cells(found, language))
+    table.caption = (
+        "* the base's captions follow the image there. shuffled: with the images of other rows. "
+        "loss: nats per token; without image: of the reference as a text-only row"
+    )
+    return table
+
+
+def _cells(found: "Forgetting", language: str) -> list[str]:
+    def shown(scores: "Scores", name: str) -> str:
+        return METRICS[name].shown(scores[language][name].value)
+
+    losses = found.loss.get(language, {})
+    return [
+        shown(found.base, "chrf"),
+        shown(found.adapter, "chrf"),
+        _signed(found.difference[language]["chrf"], "chrf"),
+        shown(found.adapter_shuffled, "chrf"),
+        shown(found.base, "exact"),
+        shown(found.adapter, "exact"),
+        *(f"{losses[name].value:.2f}" if name in losses else "" for name in LOSSES),
+    ]
+
+
+def drift_table(found: "Drift") -> "Table":
+    """A row per layer: CKA and mean cosine between base and adapter."""
+    from rich.table import Table
+
+    table = Table(title=f"Hidden states, base to adapter: {found.rows:,} rows of {found.data}, {found.split}")
+    for heading in ("layer", "CKA", "cosine"):
+        table.add_column(heading, justify="right")
+    for layer, cka, cosine in zip(found.layers, found.cka, found.cosine, strict=True):
+        table.add_row("embeddings" if layer == 0 else str(layer), f"{cka:.3f}", f"{cosine:.3f}")
+    table.caption = "1: unchanged"
+    return table
+
+
+def _signed(score: Score, name: str) -> str:
+    decimals = METRICS[name].decimals
+    return f"{score.value:+.{decimals}f} ({score.low:+.{decimals}f} to {score.high:+.{decimals}f})"

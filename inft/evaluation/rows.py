@@ -1,0 +1,117 @@
+"""The rows of an evaluation: every one that has a reference, the captions of one image together, none dropped."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from inft.data.batches import load_samples
+from inft.data.heldout import spread, unit_hash
+from inft.data.languages import available_languages
+from inft.data.locate import find_source
+from inft.data.pool import collect
+from inft.data.rows import BadRow
+from inft.models.collate import where
+from inft.sample import Sample
+from params.errors import UserError
+from params.evaluation import HELDOUT
+from params.munichus import MUNIChusLoadConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalRow:
+    """A row to caption; its image is not read before its turn."""
+
+    key: str  # of its place, language, title, prompt and references: the same in every evaluation of the data
+    sample: Sample  # its answer is the first reference
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRows:
+    """The rows of a split and what could not become one."""
+
+    rows: list[EvalRow]
+    without_reference: int  # rows left out: nothing to compare with
+    bad: tuple[BadRow, ...]  # lines that could not be read as rows at all
+    fingerprint: str  # sha256 over the keys
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages that have rows, in the order of their first."""
+        return tuple(dict.fromkeys(row.sample.language for row in self.rows))
+
+
+def load_rows(
+    config: MUNIChusLoadConfig,
+    *,
+    limit: int | None,
+    with_images: bool,
+    trained: MUNIChusLoadConfig | None = None,
+) -> EvalRows:
+    """Read the rows of ``config.split``, at most ``limit``, spread evenly over the languages.
+
+    The split "heldout" is what the run with ``trained`` as its data section held out. Text models (``with_images``
+    False) get no images. Errors: UserError for an unknown source, split or language, and when no row has a reference.
+    """
+    if config.split == HELDOUT:
+        samples, empty, bad = _held_out(config, trained, with_images=with_images)
+    else:
+        samples, empty, bad = _of_split(replace(config, remove_empty=True), with_images=with_images)
+    rows = [_row(group) for group in _grouped(samples)]
+    if not rows:
+        raise UserError(
+            f"no row of split {config.split!r} has a reference caption to compare with: {empty} are empty, {len(bad)} "
+            "cannot be read. Name the caption column with --set data.columns.caption=NAME, or another --split."
+        )
+    ranks = [unit_hash(config.seed, "evaluation", row.key) for row in rows]
+    chosen = [rows[i] for i in spread([row.sample.language for row in rows], ranks, limit)]
+    chosen.sort(key=lambda row: config.languages.index(row.sample.language))  # stable: then in the source's order
+    digest = hashlib.sha256("\n".join(row.key for row in chosen).encode()).hexdigest()
+    return EvalRows(rows=chosen, without_reference=empty, bad=bad, fingerprint=digest)
+
+
+def _of_split(config: MUNIChusLoadConfig, *, with_images: bool) -> tuple[list[Sample], int, tuple[BadRow, ...]]:
+    source, location = find_source(config)
+    pool = collect(config, source=source, location=location, split=config.split)
+    if pool.found:
+        available_languages(config, pool.found, source=location or source)
+    samples = [entry.sample if with_images else _without_image(entry.sample) for entry in pool.entries]
+    return samples, pool.empty.total(), tuple(pool.bad)
+
+
+def _held_out(
+    config: MUNIChusLoadConfig, trained: MUNIChusLoadConfig | None, *, with_images: bool
+) -> tuple[list[Sample], int, tuple[BadRow, ...]]:
+    """The rows that a run held out: split as it split them, whatever languages are asked for now."""
+    if trained is None:
+        raise UserError(
+            f"--split {HELDOUT} means the rows that an adapter's run held out: give --adapter with its best.json, or "
+            "name a split of the data."
+        )
+    loaded = load_samples(replace(trained, data=config.data), quarantine_file=None, with_images=with_images)
+    if not loaded.heldout:
+        raise UserError("the adapter's run held out no rows (data.eval_fraction was 0): name a split with --split.")
+    asked = [sample for sample in loaded.heldout if sample.language in config.languages]
+    available_languages(config, Counter(sample.language for sample in loaded.heldout), source=f"the split {HELDOUT}")
+    return asked, loaded.dropped_empty, loaded.bad
+
+
+def _without_image(sample: Sample) -> Sample:
+    return replace(sample, image=None)
+
+
+def _grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples with the same image and prompt together: one caption is compared with all that they say."""
+    groups: dict[Hashable, list[Sample]] = {}
+    for sample in samples:
+        place = sample.image if sample.image is not None else where(sample).partition(" caption ")[0]
+        groups.setdefault((place, sample.language, sample.prompt.text, sample.meta.get("title")), []).append(sample)
+    return list(groups.values())
+
+
+def _row(group: Sequence[Sample]) -> EvalRow:
+    first, references = group[0], tuple(dict.fromkeys(sample.answer for sample in group))
+    parts = (where(first), first.language, str(first.meta.get("title", "")), first.prompt.text, *references)
+    key = hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return EvalRow(key=key, sample=first, references=references)

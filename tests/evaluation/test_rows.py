@@ -1,0 +1,109 @@
+"""Rows of an evaluation: all that have a reference, several references of one image together, the same keys again."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from inft.evaluation.rows import load_rows
+from inft.evaluation.shuffle import with_shuffled_images
+from params import MUNIChusLoadConfig, UserError
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """test.jsonl with two images: one with two English captions and one Urdu one, one with an unreadable image."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    rows = [
+        {"image": "a.png", "title": "one", "captions": ["a red field", "red"], "language": "en"},
+        {"image": "a.png", "title": "one", "caption": "سرخ", "language": "ur"},
+        {"image": "b.png", "title": "two", "caption": "nobody can see it", "language": "en"},
+        {"image": "a.png", "title": "three", "caption": "", "language": "en"},
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "{no json\n"
+    (tmp_path / "test.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def config(path, **changes):
+    return MUNIChusLoadConfig(data=str(path), split="test", context="none", **changes)
+
+
+def test_captions_of_one_image_are_references_of_one_row(captions):
+    rows = load_rows(config(captions), limit=None, with_images=True)
+    assert [row.references for row in rows.rows] == [("a red field", "red"), ("nobody can see it",), ("سرخ",)]
+    assert rows.languages == ("en", "ur")
+
+
+def test_rows_without_a_reference_and_lines_that_are_none_are_counted(captions):
+    rows = load_rows(config(captions), limit=None, with_images=True)
+    assert rows.without_reference == 1
+    assert [(bad.where, bad.reason[:8]) for bad in rows.bad] == [("test.jsonl line 5", "not JSON")]
+
+
+def test_keys_and_fingerprint_are_the_same_again_and_change_with_the_rows(captions):
+    first, again = (load_rows(config(captions), limit=None, with_images=True) for _ in range(2))
+    assert first.fingerprint == again.fingerprint
+    assert len({row.key for row in first.rows}) == len(first.rows)
+    text = (captions / "test.jsonl").read_text(encoding="utf-8")
+    (captions / "test.jsonl").write_text(text.replace("a red field", "a blue field"), encoding="utf-8")
+    changed = load_rows(config(captions), limit=None, with_images=True)
+    assert changed.fingerprint != first.fingerprint
+    assert {row.key for row in changed.rows} & {row.key for row in first.rows} == {row.key for row in first.rows[1:]}
+
+
+def test_text_rows_with_the_same_prompt_stay_apart(captions):
+    rows = load_rows(config(captions), limit=None, with_images=False)
+    assert [row.sample.image for row in rows.rows] == [None] * 3
+
+
+def test_a_limit_is_spread_over_the_languages():
+    sample = MUNIChusLoadConfig(data="sample", split="test", context="none")
+    rows = load_rows(sample, limit=23, with_images=True)
+    counts = [sum(row.sample.language == code for row in rows.rows) for code in sample.languages]
+    assert sum(counts) == 23
+    assert set(counts) == {2, 3}
+
+
+def test_rows_of_a_language_stand_together_in_the_order_that_was_asked_for():
+    sample = MUNIChusLoadConfig(data="sample", split="test", context="none", languages=("ur", "en"))
+    languages = [row.sample.language for row in load_rows(sample, limit=None, with_images=True).rows]
+    assert languages == sorted(languages, reverse=True)
+
+
+def test_no_reference_at_all_is_an_error_that_names_the_column(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"image": "a.png", "caption": "", "language": "en"}\n')
+    with pytest.raises(UserError, match=r"no row of split 'test' has a reference.*data\.columns\.caption"):
+        load_rows(config(tmp_path), limit=None, with_images=True)
+
+
+def test_a_language_that_the_data_lacks_is_an_error(captions):
+    with pytest.raises(UserError, match="no rows in language 'si'"):
+        load_rows(config(captions, languages=("en", "si")), limit=None, with_images=True)
+
+
+def test_the_split_heldout_is_what_the_run_held_out(tmp_path):
+    rows = [{"title": f"t{i}", "content": f"news {i}", "caption": f"caption {i}", "language": "en"} for i in range(60)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = MUNIChusLoadConfig(data=str(tmp_path), eval_fraction=0.2, seed=3)
+    asked = MUNIChusLoadConfig(data=str(tmp_path), split="heldout")
+    from inft.data.batches import load_samples
+
+    expected = {s.answer for s in load_samples(trained, quarantine_file=None, with_images=False).heldout}
+    found = load_rows(asked, limit=None, with_images=False, trained=trained)
+    assert {row.references[0] for row in found.rows} == expected
+    assert 5 <= len(expected) <= 20
+
+
+def test_the_split_heldout_needs_a_run():
+    with pytest.raises(UserError, match="--split heldout means the rows that an adapter's run held out"):
+        load_rows(MUNIChusLoadConfig(data="sample", split="heldout"), limit=None, with_images=True)
+
+
+def test_shuffling_keeps_references_and_changes_images():
+    sample = MUNIChusLoadConfig(data="sample", split="test", context="none", languages=("en",))
+    rows = load_rows(sample, limit=9, with_images=True).rows
+    mixed = with_shuffled_images([row.sample for row in rows], seed=0)
+    assert [a.answer for a in mixed] == [row.sample.answer for row in rows]
+    assert all(a.image != row.sample.image for a, row in zip(mixed, rows, strict=True))
