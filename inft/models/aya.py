@@ -152,7 +152,7 @@ SPEC = ModelSpec(
     most_image_tokens=most_image_tokens,
     image_token_count=image_token_count,
     image_features=image_features,
-    plain_differs="transformers leaves the factor text_config.logit_scale out of this model: multiply its logits by it, "
-    "or load it with inft.models.loading.load_model. Greedy captions are the same without; losses and sampling are "
+    plain_differs="transformers leaves the factor text_config.logit_scale out of this model: multiply its logits by "
+    "it, or load it with inft.models.loading.load_model. Greedy captions are the same without; losses and sampling are "
     "not.",
 )
