@@ -182,7 +182,7 @@ def _prediction(
         generated_caption="" if failed else str(caption),
         reference_caption=row.references[0],
         title=str(row.sample.meta.get("title", "")),
-        where=str(row.sample.meta.get("where", "")),
+        where=row.where,
         references=row.references if len(row.references) > 1 else (),
         image=image,
         error=str(caption) if failed else ready.error,

@@ -26,6 +26,11 @@ class EvalRow:
     sample: Sample  # its answer is the first reference
     references: tuple[str, ...]
 
+    @property
+    def where(self) -> str:
+        """Its place in the source: "test.jsonl line 17"."""
+        return place_of(self.sample)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRows:
@@ -105,9 +110,14 @@ def _grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Samples with the same image and prompt together: one caption is compared with all that they say."""
     groups: dict[Hashable, list[Sample]] = {}
     for sample in samples:
-        place = sample.image if sample.image is not None else where(sample).partition(" caption ")[0]
+        place = sample.image if sample.image is not None else place_of(sample)
         groups.setdefault((place, sample.language, sample.prompt.text, sample.meta.get("title")), []).append(sample)
     return list(groups.values())
+
+
+def place_of(sample: Sample) -> str:
+    """The line that a sample is of; each of its captions is one."""
+    return where(sample).partition(" caption ")[0]
 
 
 def _row(group: Sequence[Sample]) -> EvalRow:

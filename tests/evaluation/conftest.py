@@ -1,20 +1,15 @@
-"""Stored adapters of the embedded models, with random weights."""
+"""Stored adapters of the embedded models, with random weights, and a captioner with one in memory."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_captioners import adapted, captioner_of
-from tiny_families import tiny_family
+from stored_adapters import store_adapter
+from tiny_captioners import captioner_of
 
 from inft.evaluation.captioner import Captioner
-from inft.training.best import BestRecord, config_sha256, store_best
-from params.resolve import resolve_train
-
-TAUGHT = "en,ur,si"
 
 
 @pytest.fixture(autouse=True)
@@ -24,24 +19,12 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """adapter_of("aya"): a stored adapter of the embedded model, taught English, Urdu and Sinhala by its record."""
+    """adapter_of("aya"): a stored adapter of the embedded model that changes what it says."""
 
     @lru_cache
     def stored(name: str) -> Path:
         directory = tmp_path_factory.mktemp(f"run_{name}") / "best"
-        model = adapted(name)
-        params = resolve_train(name, demo=True, flags={"data": "sample", "languages": TAUGHT})
-        record = BestRecord(
-            step=7,
-            metric="eval_loss",
-            value=0.5,
-            why="a test",
-            model=name,
-            base_model="",
-            base_config_sha256=config_sha256(model.get_base_model().config),
-            params=asdict(params),
-        )
-        store_best(model, tiny_family(name).processor, directory, record, initial=None)
+        store_adapter(directory, name, std=0.3)
         return directory
 
     return stored
