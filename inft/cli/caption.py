@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inft.cli.evaluate import Adapter, Demo, Model, ModelName, NoQuantize, Set
+from inft.cli.adapted import Adapter, Demo, Model, ModelName, NoQuantize, Set, refuse_early, resolve
 from inft.cli.fields import field_option
 from params.errors import UserError
 
@@ -50,7 +50,6 @@ def caption(
     With a stored adapter, or without one what the base model says. Images that cannot be read are named on stderr, the
     others are captioned, and the exit status is 1.
     """
-    from inft.cli.evaluate import refuse_early, resolve
     from inft.cli.extras import require_extras
 
     if not sample and (temperature or top_p or seed):

@@ -16,3 +16,10 @@ def make_console() -> "Console":
     from inft.training.processes import is_main
 
     return Console(quiet=not is_main(), width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def stderr_console() -> "Console":
+    """Where progress goes when stdout is for a program to read."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)

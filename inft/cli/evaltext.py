@@ -1,17 +1,62 @@
-"""What an evaluation found besides scores, as text for a terminal."""
+"""What an evaluation found, as text for a terminal or for a program."""
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import typer
 
 from inft.evaluation.metrics import ALL, METRICS, Score, Scores
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from inft.evaluation.records import Drift, Forgetting
+    from inft.evaluation.records import Drift, Forgetting, Stored
 
 HEADINGS = ("chrF\nbase", "\nadapter", "\ndifference (95 %)", "\nadapter, shuffled", "exact\nbase", "\nadapter")
 LOSSES = {"base": "loss\nbase", "adapter": "\nadapter", "base_text_only": "without image\nbase"}
 LOSSES["adapter_text_only"] = "\nadapter"
+
+
+def show(evaluations: "Sequence[Stored]", shown: str, console: "Console") -> None:
+    """Print the scores of all of them, and what else was measured in the last one."""
+    from inft.evaluation.metrics.tables import scores_csv, scores_latex, scores_table
+    from inft.evaluation.records import scores_to_json
+
+    stored, systems = evaluations[-1], {one.name: one.scores for one in evaluations}
+    if shown == "table":
+        names = {code: name for one in evaluations for code, name in one.evaluation.language_names.items()}
+        console.print(scores_table(systems, language_names=names))
+        show_more(stored, console)
+        print_line(console, f"captions, scores and tables: {stored.directory}")
+    elif shown == "json":
+        texts = [json.loads(scores_to_json(one.scores)) | {"system": one.name} for one in evaluations]
+        typer.echo(json.dumps(texts if len(texts) > 1 else texts[0], indent=2, ensure_ascii=False))
+    else:
+        typer.echo(scores_csv(systems) if shown == "csv" else scores_latex(systems), nl=False)
+
+
+def show_more(stored: "Stored", console: "Console") -> None:
+    """Unreadable rows, forgetting and drift."""
+    from inft.evaluation.verdict import Verdict
+
+    failed = [prediction for prediction in stored.predictions if prediction.error]
+    if failed:
+        first = failed[0]
+        text = f"{len(failed):,} rows have no caption and count as wrong, the first: {first.where}: {first.error}"
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if stored.forgetting is not None:
+        console.print(forgetting_table(stored.forgetting))
+        for line in Verdict(label=stored.name, forgetting=stored.forgetting).sentences:
+            print_line(console, line)
+    if stored.drift is not None:
+        console.print(drift_table(stored.drift))
+
+
+def print_line(console: "Console", text: str) -> None:
+    """One line of plain text, whatever its length."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def forgetting_table(found: "Forgetting") -> "Table":
