@@ -182,6 +182,8 @@ def evaluation_name(params: EvalParams) -> str:
     if params.adapter is not None:
         directory = Path(params.adapter).resolve()
         who = directory.parent.name if directory.name == BEST else directory.name
+        if who.startswith("checkpoint-"):
+            who = f"{directory.parent.name}_{who}"
     source = params.data.data or "munichus"
     what = source.removeprefix("hub:").strip("/").replace("/", "_") if source.startswith("hub:") else Path(source).stem
     parts = [who, what or "data", params.data.split]

@@ -1,15 +1,19 @@
 """What commands share that use a trained model: their options, and its parameters from best.json onwards."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from params.errors import UserError
 from params.presets import MODEL_NAMES
 
 if TYPE_CHECKING:
     from params.evaluation import EvalParams
 
+FORGETTING = "forgetting."  # of --set: a field of the forgetting data
 Model = Annotated[str, typer.Argument(metavar="|".join(MODEL_NAMES), help="Model family.")]
 Adapter = Annotated[
     Path | None,
@@ -36,22 +40,35 @@ def resolve(
     adapter: Path | None,
     flags: dict[str, Any],
     *,
+    base: bool = False,
     forgetting: tuple[str, str | None] | None = None,
-    overrides: Any = (),
+    overrides: Sequence[str] = (),
     **own: Any,
 ) -> "EvalParams":
-    """The parameters of an evaluation, from what best.json beside the adapter says onwards."""
+    """The parameters of an evaluation, from what was recorded beside the adapter onwards.
+
+    With ``base`` the adapter is left out and its record stays: the same rows and prompts for the base model. Overrides
+    that begin with "forgetting." stand for the data section of the forgetting data.
+    """
     from dataclasses import replace
 
     from params.evaluation import resolve_eval
 
     common = {**recorded(adapter, model), **{name: value for name, value in own.items() if value is not None}}
-    params = resolve_eval(model, flags=flags, overrides=overrides, **common)
+    if base:
+        common["adapter"] = None
+    of_forgetting = [text for text in overrides if text.startswith(FORGETTING)]
+    main = [text for text in overrides if text not in of_forgetting]
+    if of_forgetting and forgetting is None:
+        raise UserError(f"--set {of_forgetting[0]}: there is no forgetting data: give --forgetting.")
+    params = resolve_eval(model, flags=flags, overrides=main, **common)
     if forgetting is None:
         return params
     data, split = forgetting
     other = {**flags, "data": data, "split": split, "languages": "all"}
-    found = resolve_eval(model, flags=other, overrides=overrides, **common).data
+    shared = [text for text in main if data == params.data.data or not text.startswith("data.columns")]
+    theirs = [f"data.{text.removeprefix(FORGETTING)}" for text in of_forgetting]
+    found = resolve_eval(model, flags=other, overrides=[*shared, *theirs], **common).data
     if split is None:
         from inft.evaluation.splits import first_split
 
@@ -67,9 +84,31 @@ def recorded(adapter: Path | None, model: str) -> dict[str, Any]:
 
     stored = read_adapter(adapter)
     refuse_other_family(stored, model)
-    if stored.record is None:
+    trained = (stored.record or {}).get("params") or parameters_beside(stored.directory, model)
+    if trained is None:
+        print(
+            f"note: nothing beside {stored.directory} says how it was trained: prompt, precision and length are the "
+            "defaults. --set changes them.",
+            file=sys.stderr,
+        )
         return {"adapter": str(stored.directory), "model_name": stored.base_model}
-    return {"adapter": str(stored.directory), "trained": stored.record.get("params")}
+    return {"adapter": str(stored.directory), "trained": trained}
+
+
+def parameters_beside(directory: Path, model: str) -> dict[str, Any] | None:
+    """The parameters of the run that a checkpoint belongs to; None where no params.yaml lies above it."""
+    from dataclasses import asdict
+
+    from inft.training.resume import PARAMS_FILE
+    from params.resolve import load_params
+
+    file = directory.resolve().parent / PARAMS_FILE
+    if not file.is_file():
+        return None
+    params = load_params(file)
+    if params.model != model:
+        raise UserError(f"{directory} is of a run of {params.model}: write {params.model} instead of {model}.")
+    return asdict(params)
 
 
 def refuse_early(params: "EvalParams") -> None:

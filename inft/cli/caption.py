@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+LONGEST_NAME = 255  # bytes of a file's name
+TEXT_FILES = (".txt", ".md", ".text", ".html", ".json")
 SOME_FAILED = 1  # exit status when an image could not be captioned
 
 
@@ -83,15 +85,19 @@ def read_news(news: str | None) -> str:
     """The news text itself, or what the file of that name holds."""
     if news is None:
         return ""
+    path = Path(news).expanduser()
     try:
-        path = Path(news).expanduser()
-        return path.read_text(encoding="utf-8") if path.is_file() else news
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--news {news}: not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:  # a text that is too long for a file's name, or a file that may not be read
-        if path.exists() if len(news) < 255 else False:
-            raise UserError(f"--news {news}: cannot be read: {error.strerror}.") from error
-        return news
+    except OSError as error:
+        if len(news) > LONGEST_NAME:  # a text, too long for the name of a file
+            return news
+        raise UserError(f"--news {news}: cannot be read: {error.strerror}.") from error
+    if not any(character.isspace() for character in news) and path.suffix in TEXT_FILES:
+        raise UserError(f"--news {news}: there is no such file; a text of one word needs no ending.")
+    return news
 
 
 def print_caption(prediction: "Prediction", *, as_json: bool, several: bool) -> None:

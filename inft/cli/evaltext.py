@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from inft.evaluation.metrics import ALL, METRICS, Score, Scores
+from params.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,32 +20,60 @@ LOSSES = {"base": "loss\nbase", "adapter": "\nadapter", "base_text_only": "witho
 LOSSES["adapter_text_only"] = "\nadapter"
 
 
-def show(evaluations: "Sequence[Stored]", shown: str, console: "Console") -> None:
-    """Print the scores of all of them, and what else was measured in the last one."""
+def show(evaluations: "Sequence[Stored]", shown: str, console: "Console", progress: "Console") -> None:
+    """Print the scores of all of them on ``console``, and of the last one what else was measured.
+
+    For a program, ``console`` gets the scores alone and ``progress`` the rest.
+    """
     from inft.evaluation.metrics.tables import scores_csv, scores_latex, scores_table
     from inft.evaluation.records import scores_to_json
 
-    stored, systems = evaluations[-1], {one.name: one.scores for one in evaluations}
+    stored, systems = evaluations[-1], named(evaluations)
     if shown == "table":
         names = {code: name for one in evaluations for code, name in one.evaluation.language_names.items()}
         console.print(scores_table(systems, language_names=names))
-        show_more(stored, console)
-        print_line(console, f"captions, scores and tables: {stored.directory}")
     elif shown == "json":
-        texts = [json.loads(scores_to_json(one.scores)) | {"system": one.name} for one in evaluations]
+        texts = [json.loads(scores_to_json(scores)) | {"system": name} for name, scores in systems.items()]
         typer.echo(json.dumps(texts if len(texts) > 1 else texts[0], indent=2, ensure_ascii=False))
     else:
         typer.echo(scores_csv(systems) if shown == "csv" else scores_latex(systems), nl=False)
+    show_more(stored, progress)
+    print_line(progress, f"captions, scores and tables: {stored.directory}")
+
+
+def named(evaluations: "Sequence[Stored]") -> "dict[str, Scores]":
+    """The scores of evaluations that stand in one table, each under a name of its own.
+
+    Errors: UserError for one that is unfinished, or of other rows: its figures could not be compared.
+    """
+    last, found = evaluations[-1], {}
+    for one in evaluations:
+        if not one.scores:
+            raise UserError(f"--beside {one.directory}: the evaluation is not finished; run its command again.")
+        if one.evaluation.fingerprint != last.evaluation.fingerprint:
+            raise UserError(
+                f"--beside {one.directory}: it was made on other rows ({one.evaluation.data}, {one.evaluation.split}, "
+                f"{one.evaluation.rows} rows) than {last.directory} ({last.evaluation.data}, {last.evaluation.split}, "
+                f"{last.evaluation.rows} rows), so that the figures cannot be compared."
+            )
+        twin = any(other is not one and other.name == one.name for other in evaluations)
+        found[str(one.directory) if twin else one.name] = one.scores
+    return found
 
 
 def show_more(stored: "Stored", console: "Console") -> None:
-    """Unreadable rows, forgetting and drift."""
+    """Unreadable rows, examples that had no room, forgetting and drift."""
     from inft.evaluation.verdict import Verdict
 
     failed = [prediction for prediction in stored.predictions if prediction.error]
     if failed:
         first = failed[0]
         text = f"{len(failed):,} rows have no caption and count as wrong, the first: {first.where}: {first.error}"
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    shots = [prediction.shots for prediction in stored.predictions if prediction.shots is not None]
+    if shots and min(shots) < max(shots):
+        mean = sum(shots) / len(shots)
+        text = f"examples: {mean:.1f} a row, {min(shots)} at the least: prompts above max_length lose their first ones"
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if stored.forgetting is not None:
         console.print(forgetting_table(stored.forgetting))
@@ -68,14 +97,7 @@ def forgetting_table(found: "Forgetting") -> "Table":
 
     table = Table(title=f"Forgetting on {found.data}, {found.split}: {found.rows:,} rows")
     table.add_column("language")
-    for heading in (
-        "chrF\nbase",
-        "\nadapter",
-        "\ndifference (95 %)",
-        "\nadapter, shuffled",
-        "exact\nbase",
-        "\nadapter",
-    ):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for heading in LOSSES.values():
         table.add_column(heading, justify="right")

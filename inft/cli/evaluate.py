@@ -1,7 +1,8 @@
 """inft evaluate: caption a held-out split and score it per language; what fine-tuning cost elsewhere."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -10,11 +11,17 @@ from inft.cli.console import make_console, stderr_console
 from inft.cli.evaltext import show
 from inft.cli.fields import field_option
 from params.errors import UserError
+from params.evaluation import ShotChoice as ShotChoices
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 FORMATS = ("table", "json", "csv", "latex")
-BaseOnly = Annotated[bool, typer.Option("--base", help="The base model without an adapter.")]
+SHOT_CHOICES = get_args(ShotChoices)
+LEAST_DRIFT = 4  # rows: below, the unbiased estimate behind CKA does not exist
+SAMPLING = ("basic.gen_do_sample", "basic.gen_top_p", "basic.gen_temperature", "basic.gen_num_beams")
+BaseOnly = Annotated[
+    bool, typer.Option("--base", help="The base model; with --adapter on that adapter's rows and prompts, without it.")
+]
 Data = Annotated[
     str | None,
     typer.Option(metavar="SOURCE|PATH", help="As for inft train (default: what the adapter was trained on)."),
@@ -34,7 +41,10 @@ Shots = Annotated[
     int, typer.Option(metavar="N", min=0, help="Examples of the train split before each row: a few-shot baseline.")
 ]
 ShotChoice = Annotated[
-    str, typer.Option(metavar="random|similar", help="similar: nearest images by the model's own vision features.")
+    str | None,
+    typer.Option(
+        metavar="random|similar", help="similar: nearest images by the model's own vision features (default random)."
+    ),
 ]
 ForgettingData = Annotated[
     str | None,
@@ -76,7 +86,7 @@ def evaluate(
     batch_size: BatchSize = None,
     max_new_tokens: MaxNewTokens = None,
     shots: Shots = 0,
-    shot_choice: ShotChoice = "random",
+    shot_choice: ShotChoice = None,
     forgetting: ForgettingData = None,
     forgetting_split: ForgettingSplit = None,
     drift: DriftRows = 0,
@@ -95,13 +105,12 @@ def evaluate(
     from inft.cli.extras import SCORING, require_extras
     from params.evaluation import evaluation_name
 
-    if shown not in FORMATS:
-        raise UserError(f"--format {shown}: choose one of {', '.join(FORMATS)}.")
-    if shot_choice not in ("random", "similar"):
-        raise UserError(f"--shot-choice {shot_choice}: choose random or similar.")
-    if adapter is None and (forgetting or drift):
-        raise UserError("--forgetting and --drift compare a base model with its adapter: give --adapter.")
-    require_base_or_adapter(adapter, base)
+    if adapter is None and not base:
+        raise UserError("what is to be evaluated? Give --adapter DIR, or --base for the base model.")
+    refuse_unknown("--format", shown, FORMATS)
+    refuse_unknown("--shot-choice", shot_choice, SHOT_CHOICES)
+    refuse_ignored(base, shots, shot_choice, forgetting, forgetting_split, drift)
+    refuse_ignored_fields(overrides or ())
     require_extras("peft", "accelerate", "datasets", *SCORING)
     flags: dict[str, Any] = {"data": data, "split": split, "languages": languages, "max_new_tokens": max_new_tokens}
     flags["quantize"] = False if no_quantize else None
@@ -109,6 +118,7 @@ def evaluate(
         model,
         adapter,
         flags,
+        base=base,
         demo=demo,
         model_name=model_name,
         overrides=overrides or (),
@@ -123,17 +133,43 @@ def evaluate(
     from inft.evaluation.records import read_stored
     from inft.evaluation.splits import settled_split
 
-    params = params if split else settled_split(params)
+    told_split = split or any(text.startswith("data.split") for text in overrides or ())
+    params = params if told_split else settled_split(params)
     others = [read_stored(place) for place in beside or ()]
     console = make_console()
     directory = output_dir or Path(params.basic.metric_dir) / evaluation_name(params)
     from inft.evaluation.evaluate import evaluate as run
 
-    stored = run(params, directory, overwrite=overwrite, console=console if shown == "table" else stderr_console())
-    show([*others, stored], shown, console)
+    progress = console if shown == "table" else stderr_console()
+    stored = run(params, directory, overwrite=overwrite, console=progress)
+    show([*others, stored], shown, console, progress)
 
 
-def require_base_or_adapter(adapter: Path | None, base: bool) -> None:
-    """UserError unless one of the two is asked for."""
-    if (adapter is None) == (not base):
-        raise UserError("give one of --adapter DIR and --base: what is to be evaluated?")
+def refuse_unknown(option: str, word: str | None, words: Sequence[str]) -> None:
+    """UserError for a word that an option does not know."""
+    if word is not None and word not in words:
+        raise UserError(f"{option} {word}: choose one of {', '.join(words)}.")
+
+
+def refuse_ignored(
+    base: bool, shots: int, shot_choice: str | None, forgetting: str | None, forgetting_split: str | None, drift: int
+) -> None:
+    """UserError for options that would have no effect."""
+    if base and (forgetting or drift):
+        raise UserError("--forgetting and --drift compare a base model with its adapter: leave --base out.")
+    if forgetting_split and not forgetting:
+        raise UserError("--forgetting-split has no effect without --forgetting.")
+    if shot_choice and not shots:
+        raise UserError("--shot-choice has no effect without --shots N.")
+    if 0 < drift < LEAST_DRIFT:
+        raise UserError(f"--drift {drift}: CKA needs {LEAST_DRIFT} rows at least.")
+
+
+def refuse_ignored_fields(overrides: Sequence[str]) -> None:
+    """UserError for parameters that would have no effect."""
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if key in SAMPLING:
+            raise UserError(f"--set {key} has no effect: evaluations are greedy. inft caption samples.")
+        if key == "data.max_rows_per_lang":
+            raise UserError(f"--set {key} has no effect: --limit N takes rows evenly from the languages.")

@@ -3,18 +3,18 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inft.data.heldout import hold_out
-from inft.data.images import check_images
+from inft.data.images import ImageError, check_images
 from inft.data.languages import any_language_will_do, available_languages
 from inft.data.locate import find_source
 from inft.data.pool import Entry, Pool, collect, drop_images, own_validation, spread_entries, take_images
 from inft.data.quarantine import first_reasons, refuse_foreign, refuse_too_many, write_quarantine
 from inft.data.rows import BadRow, MissingSplit, Row
-from inft.sample import Sample
+from inft.sample import ImageRef, Sample
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
@@ -94,6 +94,30 @@ def load_samples(
         dropped_empty=sum(pool.empty.total() for pool in pools),
         bad=bad,
     )
+
+
+def held_out_entries(config: MUNIChusLoadConfig, *, with_images: bool) -> tuple[list[Entry], int, tuple[BadRow, ...]]:
+    """Return what load_samples holds out of a run's data, with the rows whose images cannot be read any more.
+
+    Those are split by their titles alone. Besides: how many rows are without a caption, and the lines that are no rows.
+    """
+    source, location = find_source(config)
+    train = collect(config, source=source, location=location, split=config.split)
+    own = own_validation(config, train, source=source, location=location)
+    pools = [train] if own is None else [train, own]
+    if with_images and own is None:
+        digests = check_images(entry.sample.image for entry in train.entries if entry.sample.image is not None)
+        train.entries = [replace(entry, image_key=_digest(digests, entry)) for entry in train.entries]
+    elif not with_images:
+        for pool in pools:
+            drop_images(pool)
+    bad = tuple(row for pool in pools for row in pool.bad)
+    return _split(config, train, own)[1], sum(pool.empty.total() for pool in pools), bad
+
+
+def _digest(digests: Mapping[ImageRef, str | ImageError], entry: Entry) -> str:
+    found = digests.get(entry.sample.image) if entry.sample.image is not None else None
+    return found if isinstance(found, str) else ""
 
 
 def _check_images(pools: Iterable[Pool], *, with_images: bool, on_progress: Callable[[int], None] | None) -> None:

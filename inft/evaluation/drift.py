@@ -10,55 +10,56 @@ from inft.evaluation.generate import evaluating
 from inft.evaluation.records import Drift
 from inft.sample import Sample
 
+LEAST_ROWS = 4  # of debiased CKA
 
-def measure_drift(captioner: Captioner, samples: Sequence[Sample], *, batch_size: int, data: str, split: str) -> Drift:
+
+def measure_drift(captioner: Captioner, samples: Sequence[Sample], *, data: str, split: str, fingerprint: str) -> Drift:
     """Compare the base's and the adapted model's hidden states of the same rows, prompt and reference.
 
     Per layer, 0 being the embeddings: the debiased linear CKA of the rows' mean hidden states (4 rows at least), and
-    the mean cosine over all token positions. Both are 1 where nothing changed.
+    the mean cosine over all token positions. Both are 1 where nothing changed. Row by row, so that the states of one
+    row and two models are all that must be held.
     """
     assert captioner.adapted, "drift is measured between a base model and its adapter"
-    assert len(samples) >= 4, "debiased CKA needs four rows"
-    means: tuple[list[Tensor], list[Tensor]] = ([], [])  # base, adapted: [layers, rows, hidden] a batch
-    cosines: Tensor | float = 0.0
-    tokens = 0
+    assert len(samples) >= LEAST_ROWS, "debiased CKA needs four rows"
     with evaluating(captioner.model), torch.no_grad():
-        for start in range(0, len(samples), batch_size):
-            batch = captioner.collator(samples[start : start + batch_size])
-            batch.pop("labels")
-            with captioner.base():
-                before = _hidden_states(captioner, batch)
-            after = _hidden_states(captioner, batch)
-            mask_BT = batch["attention_mask"].bool()
-            for states, found in ((before, means[0]), (after, means[1])):
-                found.append(_row_means(states, mask_BT))
-            alike_LBT = torch.stack([torch.cosine_similarity(b, a, dim=-1) for b, a in zip(before, after, strict=True)])
-            alike_LBT = alike_LBT.clamp(-1, 1)  # rounding goes past 1
-            cosines = cosines + alike_LBT[:, mask_BT].double().sum(1)
-            tokens += int(mask_BT.sum())
-    base_LNH, adapted_LNH = (torch.cat(found, dim=1) for found in means)
-    assert isinstance(cosines, Tensor)
+        rows = [_compared(captioner, sample) for sample in samples]
+    base_LNH, adapted_LNH = (torch.stack([row[side] for row in rows], dim=1) for side in (0, 1))
+    cosine_L = sum(row[2] for row in rows) / sum(row[3] for row in rows)
     return Drift(
         data=data,
         split=split,
         rows=len(samples),
+        fingerprint=fingerprint,
         layers=tuple(range(len(base_LNH))),
         cka=tuple(linear_cka(x_NH, y_NH) for x_NH, y_NH in zip(base_LNH, adapted_LNH, strict=True)),
-        cosine=tuple((cosines / tokens).tolist()),
+        cosine=tuple(cosine_L.tolist()),
     )
 
 
+def _compared(captioner: Captioner, sample: Sample) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Of one row: base's and adapter's mean states [layers, hidden], the sum of cosines [layers], its tokens."""
+    batch = captioner.collator([sample])
+    batch.pop("labels")
+    with captioner.base():
+        before = _hidden_states(captioner, batch)
+    after = _hidden_states(captioner, batch)
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    cosines = []
+    for base_TH, adapted_TH in zip(before, after, strict=True):
+        base_TH, adapted_TH = base_TH.float(), adapted_TH.float()
+        sides[0].append(base_TH.mean(0).cpu())
+        sides[1].append(adapted_TH.mean(0).cpu())
+        # Rounding goes past 1.
+        cosines.append(torch.cosine_similarity(base_TH, adapted_TH, dim=-1).clamp(-1, 1).double().sum().cpu())
+    return torch.stack(sides[0]), torch.stack(sides[1]), torch.stack(cosines), len(before[0])
+
+
 def _hidden_states(captioner: Captioner, batch: dict[str, Tensor]) -> list[Tensor]:
-    """[rows, tokens, hidden] of the embeddings and of each layer, on the CPU in float32."""
+    """[tokens, hidden] of the embeddings and of each layer, of the one row of the batch."""
     inputs = {name: tensor.to(captioner.model.device) for name, tensor in batch.items()}
     outputs = captioner.model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-    return [states.float().cpu() for states in outputs.hidden_states]
-
-
-def _row_means(states: Sequence[Tensor], mask_BT: Tensor) -> Tensor:
-    """[layers, rows, hidden]: the mean over each row's own tokens."""
-    weights_BT1 = (mask_BT / mask_BT.sum(1, keepdim=True))[..., None]
-    return torch.stack([(layer_BTH * weights_BT1).sum(1) for layer_BTH in states])
+    return [states[0] for states in outputs.hidden_states]
 
 
 def linear_cka(x_NH: Tensor, y_NK: Tensor) -> float:

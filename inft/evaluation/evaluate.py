@@ -4,9 +4,9 @@ adapter → rows → model → captions → scores → forgetting → drift
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,10 @@ from rich.console import Console
 from inft.data.batches import load_samples
 from inft.data.heldout import spread, unit_hash
 from inft.evaluation.captioner import Captioner, load_captioner
-from inft.evaluation.drift import measure_drift
-from inft.evaluation.fewshot import CANDIDATES, random_shots, similar_shots
+from inft.evaluation.drift import LEAST_ROWS, measure_drift
+from inft.evaluation.fewshot import CANDIDATES, random_shots, refuse_no_room, similar_shots
 from inft.evaluation.forgetting import ForgettingTask, measure_forgetting
+from inft.evaluation.loss import fitting
 from inft.evaluation.metrics.scores import check_scoring, score_captions
 from inft.evaluation.metrics.tables import scores_csv, scores_latex
 from inft.evaluation.predict import Captioning, OnImage, Shots, predict
@@ -40,20 +41,32 @@ from inft.evaluation.records import (
     scores_to_json,
     to_json,
 )
-from inft.evaluation.rows import EvalRow, EvalRows, load_rows
+from inft.evaluation.rows import EvalRow, EvalRows, fingerprint_of, load_rows
 from inft.models import load_spec
 from inft.training.callbacks import sigterm_interrupts
-from inft.training.storage import locked, write_text
+from inft.training.storage import STAGING, disk_trouble, locked, write_text
 from inft.training.stored import StoredAdapter, read_adapter
 from params.errors import UserError
 from params.evaluation import EvalParams
+from params.munichus import MUNIChusLoadConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 GALLERY_ROWS = 4  # of each language
 GALLERY_PIXELS = 320  # longer side of a small copy
-LEAST_DRIFT_ROWS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One evaluation: what is asked for, and where it goes."""
+
+    params: EvalParams
+    directory: Path
+    stored: StoredAdapter | None
+    rows: EvalRows
+    forgetting_rows: EvalRows | None
+    console: Console
 
 
 def evaluate(params: EvalParams, directory: Path, *, overwrite: bool = False, console: Console | None = None) -> Stored:
@@ -64,65 +77,90 @@ def evaluate(params: EvalParams, directory: Path, *, overwrite: bool = False, co
     """
     console = console or Console()
     stored = read_adapter(Path(params.adapter)) if params.adapter is not None else None
-    spec = load_spec(params.model)
-    rows = load_rows(params.data, limit=params.limit, with_images=spec.takes_images, trained=params.trained)
-    tasks = [rows, *(_forgetting_rows(params, with_images=spec.takes_images),)] if params.forgetting else [rows]
-    for task in tasks:
-        check_scoring(
-            [row.references for row in task.rows],
-            [row.sample.language for row in task.rows],
-            cjk_tokens=params.data.cjk_tokens,
-        )
-    _tell_left_out(rows, console)
+    takes_images = load_spec(params.model).takes_images
+
+    def load(config: MUNIChusLoadConfig) -> EvalRows:
+        return load_rows(config, limit=params.limit, with_images=takes_images, trained=params.trained)
+
+    job = _Job(
+        params=params,
+        directory=directory,
+        stored=stored,
+        rows=load(params.data),
+        forgetting_rows=load(params.forgetting) if params.forgetting is not None else None,
+        console=console,
+    )
+    _refuse_unscorable(job)
+    _tell_left_out(job)
     with ExitStack() as stack:
         stack.enter_context(sigterm_interrupts())
+        stack.enter_context(_full_disk_told(directory))
         _make_directory(directory)
         stack.enter_context(locked(directory, doing="evaluating into"))
-        _claim(directory, _record(params, rows, stored), overwrite=overwrite)
+        _claim(job, overwrite=overwrite)
         try:
-            _work(params, directory, stored, rows, tasks[-1], console)
+            _work(job)
         except KeyboardInterrupt:
-            done = len(read_predictions(directory))
-            console.print(f"stopped: {done:,} of {len(rows.rows):,} rows are done; the same command goes on.")
+            done, without = len(read_predictions(directory)), " without --overwrite" if overwrite else ""
+            console.print(
+                f"stopped: {done:,} of {len(job.rows.rows):,} rows are done; the same command{without} goes on."
+            )
             raise
     return read_stored(directory)
 
 
-def _work(
-    params: EvalParams,
-    directory: Path,
-    stored: StoredAdapter | None,
-    rows: EvalRows,
-    forgetting_rows: EvalRows,
-    console: Console,
-) -> None:
+def _refuse_unscorable(job: _Job) -> None:
+    for rows in (job.rows, job.forgetting_rows):
+        if rows is not None:
+            references = [row.references for row in rows.rows]
+            languages = [row.sample.language for row in rows.rows]
+            check_scoring(references, languages, cjk_tokens=job.params.data.cjk_tokens)
+
+
+@contextmanager
+def _full_disk_told(directory: Path) -> Iterator[None]:
+    """Turn a write that failed for want of space or permission into a message; other errors go on."""
+    try:
+        yield
+    except OSError as error:
+        reason = disk_trouble(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"{directory} cannot be written: {reason}. Free space there; then the same command goes on."
+        ) from error
+
+
+def _work(job: _Job) -> None:
     """Everything that needs a model, unless all of it is there."""
-    missing = {row.key for row in rows.rows} - {prediction.row for prediction in read_predictions(directory)}
-    to_forget = params.forgetting is not None and not (directory / FORGETTING_FILE).is_file()
+    directory, params = job.directory, job.params
+    missing = {row.key for row in job.rows.rows} - {prediction.row for prediction in read_predictions(directory)}
+    to_forget = job.forgetting_rows is not None and not (directory / FORGETTING_FILE).is_file()
     to_drift = bool(params.drift) and not (directory / DRIFT_FILE).is_file()
     if missing or to_forget or to_drift:
-        with console.status("loading the model"):
-            captioner = load_captioner(params, stored)
+        with job.console.status("loading the model"):
+            captioner = load_captioner(params, job.stored)
         captioning = Captioning(
             model=captioner.model,
             collator=captioner.collator,
             max_new_tokens=params.basic.gen_max_new_tokens,
             batch_size=params.batch_size,
-            shots=_shots(params, captioner) if missing else None,
+            shots=_shots(job, captioner) if missing else None,
         )
-        with RowProgress(console) as progress:
-            _predict(captioning, rows, directory, progress)
-            _score(params, rows, directory)
+        with RowProgress(job.console) as progress:
+            _predict(job, captioning, progress)
+            _score(job)
             if to_forget:
-                _measure_forgetting(params, captioner, captioning, forgetting_rows, directory, progress)
+                _measure_forgetting(job, captioner, captioning, progress)
         if to_drift:
-            with console.status("comparing hidden states"):
-                _measure_drift(params, captioner, rows.rows, directory)
+            with job.console.status("comparing hidden states"):
+                _measure_drift(job, captioner)
     elif not (directory / SCORES_FILE).is_file():
-        _score(params, rows, directory)
+        _score(job)
 
 
-def _record(params: EvalParams, rows: EvalRows, stored: StoredAdapter | None) -> Evaluation:
+def _record(job: _Job) -> Evaluation:
+    params, rows, stored = job.params, job.rows, job.stored
     record: Mapping[str, Any] = (stored.record if stored is not None else None) or {}
     return Evaluation(
         model=params.model,
@@ -139,6 +177,7 @@ def _record(params: EvalParams, rows: EvalRows, stored: StoredAdapter | None) ->
         language_names={code: params.data.language_names[code] for code in rows.languages},
         rows=len(rows.rows),
         without_reference=rows.without_reference,
+        limit=params.limit,
         generation={
             "max_new_tokens": params.basic.gen_max_new_tokens,
             "max_length": params.basic.max_length,
@@ -157,49 +196,76 @@ def _make_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{directory} cannot be made: {error.strerror}. Choose another --output-dir.") from error
-    if not is_evaluation(directory) and any(directory.iterdir()):
+    if not is_evaluation(directory) and any(not path.name.startswith(STAGING) for path in directory.iterdir()):
         raise UserError(f"{directory} is not empty and holds no evaluation: choose another --output-dir.")
 
 
-def _claim(directory: Path, record: Evaluation, *, overwrite: bool) -> None:
+def _claim(job: _Job, *, overwrite: bool) -> None:
     """Write what the directory holds from now on; UserError when that is another evaluation not to be replaced."""
+    directory, record = job.directory, _record(job)
     if is_evaluation(directory) and overwrite:
         for name in (PREDICTIONS_FILE, SCORES_FILE, FORGETTING_FILE, DRIFT_FILE, EVALUATION_FILE):
             (directory / name).unlink(missing_ok=True)
         for name in (GALLERY_DIR, FORGETTING_DIR):
             shutil.rmtree(directory / name, ignore_errors=True)
     elif is_evaluation(directory):
-        was, now = asdict(read_evaluation(directory)), asdict(record)
-        changed = [f"{name}: {was[name]} → {now[name]}" for name in now if name != "adapter" and was[name] != now[name]]
+        changed = _changed(asdict(read_evaluation(directory)), asdict(record)) + _measured_otherwise(job)
         if changed:
             raise UserError(
                 f"{directory} holds an evaluation of other settings ({'; '.join(changed)[:600]}). Replace it with "
                 "--overwrite, or choose another --output-dir."
             )
         return
-    try:
-        write_text(directory / EVALUATION_FILE, to_json(record))
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}. Choose another --output-dir.") from error
+    write_text(directory / EVALUATION_FILE, to_json(record))
 
 
-def _shots(params: EvalParams, captioner: Captioner) -> Shots | None:
+def _changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, but for where the adapter lies."""
+    return [f"{name}: {was[name]} → {now[name]}" for name in now if name != "adapter" and was[name] != now[name]]
+
+
+def _measured_otherwise(job: _Job) -> list[str]:
+    """In what forgetting and drift that are there differ from those that are asked for."""
+    found, asked, config = read_stored(job.directory), job.forgetting_rows, job.params.forgetting
+    differing = []
+    forgotten = found.forgetting
+    if (
+        forgotten is not None
+        and asked is not None
+        and config is not None
+        and forgotten.fingerprint != asked.fingerprint
+    ):
+        was = f"{forgotten.data}, {forgotten.split}, {forgotten.rows} rows"
+        differing.append(f"forgetting: {was} → {config.data}, {config.split}, {len(asked.rows)} rows")
+    if found.drift is not None and job.params.drift:
+        rows = _drift_rows(job)
+        if found.drift.fingerprint != fingerprint_of(rows):
+            differing.append(f"drift: {found.drift.rows} rows → {len(rows)} rows")
+    return differing
+
+
+def _shots(job: _Job, captioner: Captioner) -> Shots | None:
+    """The examples of each row; UserError when prompts have room for none."""
+    params = job.params
     if not params.shots:
         return None
     config = replace(params.data, split="train", eval_fraction=0.0, max_rows_per_lang=CANDIDATES)
     examples = load_samples(config, quarantine_file=None, with_images=captioner.spec.takes_images).train
     if params.shot_choice == "similar":
-        return similar_shots(captioner, examples, count=params.shots)
-    return random_shots(examples, count=params.shots, seed=params.basic.seed)
+        shots = similar_shots(captioner, examples, count=params.shots)
+    else:
+        shots = random_shots(examples, count=params.shots, seed=params.basic.seed)
+    refuse_no_room(captioner.collator, job.rows.rows, shots)
+    return shots
 
 
-def _predict(captioning: Captioning, rows: EvalRows, directory: Path, progress: RowProgress) -> list[Prediction]:
+def _predict(job: _Job, captioning: Captioning, progress: RowProgress) -> list[Prediction]:
     return predict(
         captioning,
-        rows.rows,
-        directory / PREDICTIONS_FILE,
+        job.rows.rows,
+        job.directory / PREDICTIONS_FILE,
         on_progress=lambda done, total: progress("captions", done, total),
-        on_image=_gallery(rows.rows, directory / GALLERY_DIR),
+        on_image=_gallery(job.rows.rows, job.directory / GALLERY_DIR),
     )
 
 
@@ -221,9 +287,10 @@ def _gallery(rows: Sequence[EvalRow], directory: Path) -> OnImage:
     return keep
 
 
-def _score(params: EvalParams, rows: EvalRows, directory: Path) -> None:
+def _score(job: _Job) -> None:
     """Write scores.json, scores.csv and scores.tex, each row of the evaluation counted."""
-    predictions = read_stored(directory).predictions_of(row.key for row in rows.rows)
+    params, directory = job.params, job.directory
+    predictions = read_stored(directory).predictions_of(row.key for row in job.rows.rows)
     scores = score_captions(
         [prediction.generated_caption for prediction in predictions],
         [prediction.all_references for prediction in predictions],
@@ -238,22 +305,13 @@ def _score(params: EvalParams, rows: EvalRows, directory: Path) -> None:
     write_text(directory / SCORES_FILE, scores_to_json(scores))
 
 
-def _forgetting_rows(params: EvalParams, *, with_images: bool) -> EvalRows:
-    assert params.forgetting is not None
-    return load_rows(params.forgetting, limit=params.limit, with_images=with_images, trained=params.trained)
-
-
-def _measure_forgetting(
-    params: EvalParams,
-    captioner: Captioner,
-    captioning: Captioning,
-    rows: EvalRows,
-    directory: Path,
-    progress: RowProgress,
-) -> None:
+def _measure_forgetting(job: _Job, captioner: Captioner, captioning: Captioning, progress: RowProgress) -> None:
     """Write forgetting.json: zero-shot, whatever the captions before were prompted with."""
+    params, rows = job.params, job.forgetting_rows
     assert params.forgetting is not None
-    (directory / FORGETTING_DIR).mkdir(exist_ok=True)
+    assert rows is not None
+    directory = job.directory / FORGETTING_DIR
+    directory.mkdir(exist_ok=True)
     task = ForgettingTask(
         rows=rows,
         data=params.forgetting.data or "munichus",
@@ -267,36 +325,41 @@ def _measure_forgetting(
         captioner,
         replace(captioning, shots=None),
         task,
-        directory / FORGETTING_DIR,
+        directory,
         on_progress=lambda what, done, total: progress(f"forgetting, {what}", done, total),
     )
-    write_text(directory / FORGETTING_FILE, to_json(measured))
+    write_text(job.directory / FORGETTING_FILE, to_json(measured))
 
 
-def _measure_drift(params: EvalParams, captioner: Captioner, rows: Sequence[EvalRow], directory: Path) -> None:
-    failed = {prediction.row for prediction in read_predictions(directory) if prediction.error}
-    readable = [row for row in rows if row.key not in failed]
-    ranks = [unit_hash(params.data.seed, "drift", row.key) for row in readable]
-    chosen = spread([row.sample.language for row in readable], ranks, params.drift)
-    samples = [readable[i].sample for i in chosen]
-    if len(samples) < LEAST_DRIFT_ROWS:
-        raise UserError(f"--drift needs {LEAST_DRIFT_ROWS} readable rows, and there are {len(samples)}: leave it out.")
+def _drift_rows(job: _Job) -> list[EvalRow]:
+    """The rows whose hidden states are compared: as even over the languages as they allow, readable ones alone."""
+    failed = {prediction.row for prediction in read_predictions(job.directory) if prediction.error}
+    rows = [row for row in job.rows.rows if row.key not in failed]
+    ranks = [unit_hash(job.params.data.seed, "drift", row.key) for row in rows]
+    return [rows[i] for i in spread([row.sample.language for row in rows], ranks, job.params.drift)]
+
+
+def _measure_drift(job: _Job, captioner: Captioner) -> None:
+    rows = _drift_rows(job)
+    samples = fitting(captioner.collator, [row.sample for row in rows])
+    if len(samples) < LEAST_ROWS:
+        raise UserError(
+            f"--drift needs {LEAST_ROWS} rows at least, and {len(samples)} of {len(job.rows.rows)} can be read and fit "
+            "into basic.max_length: raise --drift and --limit, or leave it out."
+        )
+    data = job.params.data
     drift = measure_drift(
-        captioner,
-        samples,
-        batch_size=params.batch_size,
-        data=params.data.data or "munichus",
-        split=params.data.split,
+        captioner, samples, data=data.data or "munichus", split=data.split, fingerprint=fingerprint_of(rows)
     )
-    write_text(directory / DRIFT_FILE, to_json(drift))
+    write_text(job.directory / DRIFT_FILE, to_json(drift))
 
 
-def _tell_left_out(rows: EvalRows, console: Console) -> None:
-    words = []
+def _tell_left_out(job: _Job) -> None:
+    rows, words = job.rows, []
     if rows.without_reference:
         words.append(f"{rows.without_reference:,} rows have no reference caption and are left out")
     if rows.bad:
         first = rows.bad[0]
         words.append(f"{len(rows.bad):,} lines are no rows, the first: {first.where}: {first.reason}")
     for text in words:
-        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        job.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)

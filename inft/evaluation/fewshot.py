@@ -12,11 +12,13 @@ from inft.evaluation.captioner import Captioner
 from inft.evaluation.generate import evaluating
 from inft.evaluation.predict import Shots
 from inft.evaluation.rows import EvalRow
+from inft.models.collate import CaptionCollator
 from inft.sample import ImageRef, Sample
 from params.errors import UserError
 
 CANDIDATES = 512  # rows of each language that examples are taken from, at most
 IMAGES_AT_ONCE = 16
+TRIED = 8  # rows that are tried before all of them are captioned
 
 
 def random_shots(examples: Sequence[Sample], *, count: int, seed: int) -> Shots:
@@ -60,6 +62,20 @@ def similar_shots(captioner: Captioner, examples: Sequence[Sample], *, count: in
         return [samples[candidates[i]] for i in reversed(near.tolist())]
 
     return shots
+
+
+def refuse_no_room(collator: CaptionCollator, rows: Sequence[EvalRow], shots: Shots) -> None:
+    """UserError when the prompts of the first readable rows have room for no example: that would be zero-shot."""
+    for row in rows[:TRIED]:
+        try:
+            if any(collator.fitting_shots([row.sample], [shots(row)])[0]):
+                return
+        except ImageError:
+            continue
+    raise UserError(
+        f"prompts have no room for a single example within basic.max_length={collator.max_length:,}: raise it (--set "
+        "basic.max_length=N), for Aya lower basic.max_image_tiles, or leave --shots out."
+    )
 
 
 class _Features:

@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from inft.evaluation.captioner import Captioner
-from inft.evaluation.loss import RowLosses, row_losses
+from inft.evaluation.loss import RowLosses, fitting, row_losses
 from inft.evaluation.metrics import ALL, Score, Scores
 from inft.evaluation.metrics.bootstrap import interval, resampled_sums
 from inft.evaluation.metrics.scores import score_captions, score_differences
 from inft.evaluation.predict import Captioning, predict
 from inft.evaluation.records import Forgetting, Prediction
 from inft.evaluation.rows import EvalRow, EvalRows
-from inft.evaluation.shuffle import with_shuffled_images
+from inft.evaluation.shuffle import shuffled_order, with_input_of
 from inft.evaluation.verdict import could_do
 from inft.sample import Sample
+from params.errors import UserError
 
 Progress = Callable[[str, int, int], None]  # what is done, rows done, rows in all
 
@@ -44,6 +45,7 @@ def measure_forgetting(
     """
     rows = task.rows.rows
     shuffled = shuffled_rows(rows, seed=task.seed)
+    measured: list[EvalRow] = []
     found: dict[str, list[Prediction]] = {}
     for name, asked, adapted in (
         ("base", rows, False),
@@ -57,11 +59,14 @@ def measure_forgetting(
         else:
             with captioner.base():
                 found[name] = predict(captioning, asked, file, on_progress=_named(on_progress, name))
+        measured = measured or _measurable(rows, found["base"], captioner, task)
     scores = {name: _scored(predictions, task) for name, predictions in found.items()}
     return Forgetting(
         data=task.data,
         split=task.split,
         rows=len(rows),
+        fingerprint=task.rows.fingerprint,
+        loss_rows=len(measured),
         language_names=task.language_names,
         could_do=could_do(scores["base"], scores["base_shuffled"]),
         base=scores["base"],
@@ -71,14 +76,17 @@ def measure_forgetting(
         difference=score_differences(
             _captions(found["base"]), _captions(found["adapter"]), *_expected(found["base"]), **_settings(task)
         ),
-        loss=_losses(captioner, captioning, _readable(rows, found["base"]), task),
+        loss=_losses(captioner, captioning, measured, task),
     )
 
 
 def shuffled_rows(rows: Sequence[EvalRow], *, seed: int) -> list[EvalRow]:
-    """The same rows, each with the input of another row of its language."""
-    samples = with_shuffled_images([row.sample for row in rows], seed=seed)
-    return [replace(row, sample=sample) for row, sample in zip(rows, samples, strict=True)]
+    """The same rows, each with the input of another row of its language, and a key that tells which."""
+    partners = shuffled_order([row.sample for row in rows], seed=seed)
+    return [
+        replace(row, key=f"{row.key}+{rows[there].key}", sample=with_input_of(row.sample, rows[there].sample))
+        for row, there in zip(rows, partners, strict=True)
+    ]
 
 
 def without_input(sample: Sample) -> Sample:
@@ -109,6 +117,8 @@ def _losses(
     """Language, and ALL last -> the losses with the row's input, and under *_text_only those without it."""
     samples = [row.sample for row in rows]
     found: dict[str, dict[str, Score]] = {}
+    if not samples:
+        return found
     for suffix, asked in (("", samples), ("_text_only", [without_input(sample) for sample in samples])):
         with captioner.base() as base:
             before = row_losses(base, captioner.collator, asked, batch_size=captioning.batch_size)
@@ -122,9 +132,19 @@ def _losses(
     return found
 
 
-def _readable(rows: Sequence[EvalRow], predictions: Sequence[Prediction]) -> list[EvalRow]:
-    failed = {prediction.row for prediction in predictions if prediction.error}
-    return [row for row in rows if row.key not in failed]
+def _measurable(
+    rows: Sequence[EvalRow], predictions: Sequence[Prediction], captioner: Captioner, task: ForgettingTask
+) -> list[EvalRow]:
+    """The rows that losses can be measured on: readable ones that fit; UserError when there is none."""
+    failed = {prediction.row: prediction for prediction in predictions if prediction.error}
+    readable = [row for row in rows if row.key not in failed]
+    if not readable:
+        first = next(iter(failed.values()))
+        raise UserError(
+            f"no row of {task.data}, {task.split} can be captioned; the first: {first.where}: {first.error}"
+        )
+    fits = {id(sample) for sample in fitting(captioner.collator, [row.sample for row in readable])}
+    return [row for row in readable if id(row.sample) in fits]
 
 
 def _scored(predictions: Sequence[Prediction], task: ForgettingTask) -> Scores:

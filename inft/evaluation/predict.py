@@ -1,6 +1,7 @@
 """Captions of many rows: in batches, long ones first, one line of JSON a row, going on where a killed run stopped."""
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,10 +10,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import IO, TYPE_CHECKING, Any
 
-import torch
-
 from inft.data.images import ImageError, peek_size
 from inft.evaluation.generate import Search, generate_captions
+from inft.evaluation.halving import halving
 from inft.evaluation.records import Prediction, read_predictions
 from inft.evaluation.rows import EvalRow
 from inft.models.collate import CaptionCollator
@@ -57,6 +57,15 @@ class _Ready:
     row: EvalRow
     sample: Sample | None
     error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """What came of a row."""
+
+    caption: str = ""
+    error: str | None = None  # why there is no caption
+    shots: int | None = None  # examples that its prompt had room for
 
 
 def predict(
@@ -135,57 +144,67 @@ def _read(rows: Sequence[EvalRow]) -> list[_Ready]:
     return found
 
 
-def _captions(captioning: Captioning, batch: Sequence[_Ready]) -> dict[str, str | UserError]:
-    """Row key -> caption, or why the row has none; what one row lacks does not stop the others."""
+def _captions(captioning: Captioning, batch: Sequence[_Ready]) -> dict[str, _Written]:
+    """What was written for each row key; what one row lacks does not stop the others."""
     if not batch:
         return {}
+    parts = halving(batch, lambda part: _captions_of(captioning, part))
+    return {key: written for part in parts for key, written in part.items()}
+
+
+def _captions_of(captioning: Captioning, batch: Sequence[_Ready]) -> dict[str, _Written]:
+    collator, shots = captioning.collator, captioning.shots
     samples = [ready.sample for ready in batch if ready.sample is not None]
-    shots = [captioning.shots(ready.row) for ready in batch] if captioning.shots is not None else ()
     try:
-        captions: Sequence[str | UserError] = generate_captions(
+        before = [list(shots(ready.row)) for ready in batch] if shots is not None else []
+        before = collator.fitting_shots(samples, before) if before else []
+        texts = generate_captions(
             captioning.model,
-            captioning.collator,
+            collator,
             samples,
             max_new_tokens=captioning.max_new_tokens,
             batch_size=len(samples),
-            search=captioning.search,
-            shots=shots,
+            search=_search_of(captioning, batch),
+            shots=before,
         )
-    except torch.OutOfMemoryError as error:
-        if len(batch) == 1:
-            raise UserError(
-                f"the GPU's memory does not suffice for one row ({str(error).splitlines()[0]}): lower "
-                "basic.max_length or, for Aya, basic.max_image_tiles; or set qlora.load_in_4bit=true."
-            ) from error
-        torch.cuda.empty_cache()
-        return _halves(captioning, batch)
     except UserError as error:
-        if len(batch) > 1:
-            return _halves(captioning, batch)
-        captions = [error]
-    return {ready.row.key: caption for ready, caption in zip(batch, captions, strict=True)}
+        if len(batch) > 1:  # whose mistake it is shows row by row
+            parts = [_captions_of(captioning, [ready]) for ready in batch]
+            return {key: written for part in parts for key, written in part.items()}
+        return {batch[0].row.key: _Written(error=str(error))}
+    used: list[int | None] = [len(row) for row in before] if before else [None] * len(batch)
+    return {
+        ready.row.key: _Written(caption=text, shots=count)
+        for ready, text, count in zip(batch, texts, used, strict=True)
+    }
 
 
-def _halves(captioning: Captioning, batch: Sequence[_Ready]) -> dict[str, str | UserError]:
+def _search_of(captioning: Captioning, batch: Sequence[_Ready]) -> Search | None:
+    """The search with a seed of the batch's own: two rows of the same picture are two draws."""
+    search = captioning.search
+    if search is None or not search.do_sample:
+        return search
+    return replace(search, seed=search.seed + zlib.crc32(batch[0].row.key.encode()))
+
+
+def _halves(captioning: Captioning, batch: Sequence[_Ready]) -> dict[str, _Written]:
     half = len(batch) // 2
     return {**_captions(captioning, batch[:half]), **_captions(captioning, batch[half:])}
 
 
-def _prediction(
-    ready: _Ready, captions: dict[str, str | UserError], *, seconds: float, image: str | None
-) -> Prediction:
-    row, caption = ready.row, captions.get(ready.row.key, "")
-    failed = isinstance(caption, UserError)
+def _prediction(ready: _Ready, captions: dict[str, _Written], *, seconds: float, image: str | None) -> Prediction:
+    row, written = ready.row, captions.get(ready.row.key, _Written(error=ready.error))
     return Prediction(
         row=row.key,
         lang=row.sample.language,
-        generated_caption="" if failed else str(caption),
+        generated_caption=written.caption,
         reference_caption=row.references[0],
         title=str(row.sample.meta.get("title", "")),
         where=row.where,
         references=row.references if len(row.references) > 1 else (),
         image=image,
-        error=str(caption) if failed else ready.error,
+        error=written.error,
+        shots=written.shots,
         seconds=round(seconds, 4),
     )
 
@@ -199,7 +218,7 @@ def _shown(ready: _Ready, on_image: OnImage | None) -> str | None:
 def _line(prediction: Prediction) -> str:
     """A prediction as a line of JSON without what is empty; caption, reference, language and title always."""
     always = ("row", "lang", "generated_caption", "reference_caption", "title")
-    values = {key: value for key, value in asdict(prediction).items() if value or key in always}
+    values = {key: value for key, value in asdict(prediction).items() if value or key in always or value == 0}
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 

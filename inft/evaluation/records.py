@@ -9,6 +9,7 @@ drift.json          with --drift: how far the adapter moved the hidden states, l
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -47,7 +48,8 @@ class Evaluation:
     language_names: Mapping[str, str]
     rows: int
     without_reference: int  # rows left out because nothing is there to compare with
-    generation: Mapping[str, Any]  # max_new_tokens, quantised, dtype, seed, …
+    generation: Mapping[str, Any]  # max_new_tokens, in_4bit, dtype, seed, …
+    limit: int | None = None  # rows at most, as --limit said it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class Prediction:
     references: tuple[str, ...] = ()  # all of them, where a row has several
     image: str | None = None  # file in the evaluation directory, of the rows that a gallery shows
     error: str | None = None  # why the row could not be captioned
+    shots: int | None = None  # examples before its prompt, of a few-shot evaluation
     seconds: float | None = None  # of the batch that it was in, per row
 
     @property
@@ -78,6 +81,8 @@ class Forgetting:
     data: str
     split: str
     rows: int
+    fingerprint: str  # sha256 over the rows
+    loss_rows: int  # rows that losses were measured on: those that could be read and fit into max_length
     language_names: Mapping[str, str]
     could_do: tuple[str, ...]  # languages in which the base's captions follow the image: above its shuffled control
     base: Scores
@@ -95,6 +100,7 @@ class Drift:
     data: str
     split: str
     rows: int
+    fingerprint: str  # sha256 over the rows
     layers: tuple[int, ...]  # 0: the embeddings
     cka: tuple[float, ...]  # debiased linear CKA of the rows' mean hidden states
     cosine: tuple[float, ...]  # mean cosine over token positions
@@ -124,7 +130,17 @@ class Stored:
 
 def to_json(record: Any) -> str:
     """A record as JSON text with a line break at its end."""
-    return json.dumps({"schema": SCHEMA_VERSION, **asdict(record)}, indent=2, ensure_ascii=False) + "\n"
+    values = {"schema": SCHEMA_VERSION, **asdict(record)}
+    return json.dumps(_jsonable(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    return [_jsonable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def scores_to_json(scores: Scores) -> str:
@@ -203,7 +219,10 @@ def _drift(path: Path) -> Drift | None:
         return None
     values = _object(path)
     with _damage_told(path):
-        return Drift(**{**values, **{name: tuple(values[name]) for name in ("layers", "cka", "cosine")}})
+        figures = {
+            name: tuple(math.nan if value is None else value for value in values[name]) for name in ("cka", "cosine")
+        }
+        return Drift(**{**values, **figures, "layers": tuple(values["layers"])})
 
 
 @contextmanager

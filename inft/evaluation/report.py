@@ -22,9 +22,7 @@ from inft.evaluation.report_runs import Gathered, Run, gather
 from inft.evaluation.report_sheet import gallery_text
 from inft.evaluation.report_tables import drift, scores, summary
 from inft.training.storage import STAGING, disk_trouble
-from params.basic import BasicParams
 from params.errors import UserError
-from params.presets import MODEL_FIELDS
 
 MARK = '<meta name="generator" content="inft report">'
 TEMPLATES = Path(__file__).parent / "templates"
@@ -176,12 +174,9 @@ def _base_command(comparison: Comparison) -> str:
     if comparison.has_base:
         return ""
     of = comparison.systems[0].stored.evaluation
-    name = MODEL_FIELDS[of.model][0] if of.model in MODEL_FIELDS else ""
-    model = ""
-    if of.base_model != getattr(BasicParams, name, None):
-        model = f" --model {shlex.quote(of.base_model)}" if of.base_model else " --demo"
     same = f"--data {shlex.quote(of.data)} --split {shlex.quote(of.split)} --languages {','.join(of.languages)}"
-    return f"inft evaluate {of.model} --base{model} {same}"
+    limit = f" --limit {of.limit}" if of.limit else ""
+    return f"inft evaluate {of.model} --base --adapter {shlex.quote(of.adapter or '')} {same}{limit}"
 
 
 def _texts(content: Content, bare: str) -> list[tuple[str | None, str]]:

@@ -2,15 +2,16 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from inft.data.batches import load_samples
+from inft.data.batches import held_out_entries
 from inft.data.heldout import spread, unit_hash
 from inft.data.languages import available_languages
 from inft.data.locate import find_source
 from inft.data.pool import collect
-from inft.data.rows import BadRow
+from inft.data.references import grouped, place_of
+from inft.data.rows import BadRow, MissingSplit
 from inft.models.collate import where
 from inft.sample import Sample
 from params.errors import UserError
@@ -63,7 +64,7 @@ def load_rows(
         samples, empty, bad = _held_out(config, trained, with_images=with_images)
     else:
         samples, empty, bad = _of_split(replace(config, remove_empty=True), with_images=with_images)
-    rows = [_row(group) for group in _grouped(samples)]
+    rows = [_row(group) for group in grouped(samples)]
     if not rows:
         raise UserError(
             f"no row of split {config.split!r} has a reference caption to compare with: {empty} are empty, {len(bad)} "
@@ -72,13 +73,20 @@ def load_rows(
     ranks = [unit_hash(config.seed, "evaluation", row.key) for row in rows]
     chosen = [rows[i] for i in spread([row.sample.language for row in rows], ranks, limit)]
     chosen.sort(key=lambda row: config.languages.index(row.sample.language))  # stable: then in the source's order
-    digest = hashlib.sha256("\n".join(row.key for row in chosen).encode()).hexdigest()
-    return EvalRows(rows=chosen, without_reference=empty, bad=bad, fingerprint=digest)
+    return EvalRows(rows=chosen, without_reference=empty, bad=bad, fingerprint=fingerprint_of(chosen))
+
+
+def fingerprint_of(rows: Sequence[EvalRow]) -> str:
+    """Hexadecimal SHA-256 over the keys of rows, in their order."""
+    return hashlib.sha256("\n".join(row.key for row in rows).encode()).hexdigest()
 
 
 def _of_split(config: MUNIChusLoadConfig, *, with_images: bool) -> tuple[list[Sample], int, tuple[BadRow, ...]]:
     source, location = find_source(config)
-    pool = collect(config, source=source, location=location, split=config.split)
+    try:
+        pool = collect(config, source=source, location=location, split=config.split)
+    except MissingSplit as error:
+        raise UserError(str(error).replace("--set data.split=NAME", "--split NAME")) from error
     if pool.found:
         available_languages(config, pool.found, source=location or source)
     samples = [entry.sample if with_images else _without_image(entry.sample) for entry in pool.entries]
@@ -94,30 +102,16 @@ def _held_out(
             f"--split {HELDOUT} means the rows that an adapter's run held out: give --adapter with its best.json, or "
             "name a split of the data."
         )
-    loaded = load_samples(replace(trained, data=config.data), quarantine_file=None, with_images=with_images)
-    if not loaded.heldout:
+    entries, empty, bad = held_out_entries(replace(trained, data=config.data), with_images=with_images)
+    if not entries:
         raise UserError("the adapter's run held out no rows (data.eval_fraction was 0): name a split with --split.")
-    asked = [sample for sample in loaded.heldout if sample.language in config.languages]
-    available_languages(config, Counter(sample.language for sample in loaded.heldout), source=f"the split {HELDOUT}")
-    return asked, loaded.dropped_empty, loaded.bad
+    available_languages(config, Counter(entry.sample.language for entry in entries), source=f"the split {HELDOUT}")
+    samples = [entry.sample for entry in entries if entry.sample.language in config.languages]
+    return samples if with_images else [_without_image(sample) for sample in samples], empty, bad
 
 
 def _without_image(sample: Sample) -> Sample:
     return replace(sample, image=None)
-
-
-def _grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples with the same image and prompt together: one caption is compared with all that they say."""
-    groups: dict[Hashable, list[Sample]] = {}
-    for sample in samples:
-        place = sample.image if sample.image is not None else place_of(sample)
-        groups.setdefault((place, sample.language, sample.prompt.text, sample.meta.get("title")), []).append(sample)
-    return list(groups.values())
-
-
-def place_of(sample: Sample) -> str:
-    """The line that a sample is of; each of its captions is one."""
-    return where(sample).partition(" caption ")[0]
 
 
 def _row(group: Sequence[Sample]) -> EvalRow:

@@ -26,9 +26,13 @@ class Verdict:
 
     @property
     def lost(self) -> Sequence[str]:
-        """Languages that the base could do and the adapter cannot: its captions no longer follow the input."""
+        """Languages that the base could do and the adapter cannot: it scores no more than with others' inputs."""
         adapter, shuffled = self.forgetting.adapter, self.forgetting.adapter_shuffled
-        return [language for language in self.worse_or_lost if not follows(adapter, shuffled, language)]
+        return [
+            language
+            for language in self.worse_or_lost
+            if adapter[language][JUDGE].value <= shuffled[language][JUDGE].high
+        ]
 
     @property
     def worse(self) -> Sequence[str]:
@@ -49,13 +53,16 @@ class Verdict:
     @property
     def sentences(self) -> Sequence[str]:
         """The finding in plain words, the losses first."""
-        label, could = self.label, len(self.forgetting.could_do)
+        could = len(self.forgetting.could_do)
         if could == 0:
-            return [f"There was nothing for {label} to forget: the base's captions follow the input in no language."]
+            return [
+                f"{self.label}: in no language do the base's captions of these {self.forgetting.rows:,} rows follow "
+                "the input beyond chance, so nothing can be said to be forgotten."
+            ]
         counted = f"{len(self.lost)} of the {could} languages that the base could do"
         if could == 1:
             counted = "the one language that the base could do" if self.lost else "no language that the base could do"
-        found = [f"{label} lost {counted}{self._figures(self.lost)}."]
+        found = [f"{self.label} lost {counted}{self._figures(self.lost)}."]
         if self.worse:
             found.append(f"It is worse than the base in {len(self.worse)}{self._figures(self.worse)}.")
         if self.kept:

@@ -71,7 +71,7 @@ class CaptionCollator:
             self.frame = find_frame(processor, self.template, self.control, parts=self.parts)
         self.end_token_id, self._added_tokens = self._probe()
         # Shared memory: DataLoader workers count too.
-        self._counts = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self._counts = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     @property
     def shortened(self) -> int:
@@ -82,11 +82,6 @@ class CaptionCollator:
     def dropped(self) -> int:
         """Rows dropped so far because they were above max_length."""
         return int(self._counts[1])
-
-    @property
-    def shots_dropped(self) -> int:
-        """Examples left out so far because prompts were above max_length with them."""
-        return int(self._counts[2])
 
     def __call__(self, features: Sequence[Sample | Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the training batch of some samples, right-padded, with `labels`."""
@@ -106,25 +101,32 @@ class CaptionCollator:
     def prompts(self, samples: Sequence[Sample], shots: Sequence[Sequence[Sample]] = ()) -> dict[str, Tensor]:
         """Return the prompts alone, left-padded and ending in the generation prompt, for `generate`.
 
-        `shots` are the examples before each prompt, answered turns of the same conversation. A prompt above max_length
-        loses its last examples; without any its news text is shortened (an error under over_length="error"): an
-        evaluation never drops a row.
+        `shots` are the examples before each prompt, answered turns of the same conversation (see `fitting_shots`). A
+        prompt above max_length has its news text shortened (an error under over_length="error"): an evaluation never
+        drops a row.
         """
-        rows = [(self._neutral(sample), self._load(sample)) for sample in samples]
-        before = [[(self._neutral(shot), self._load(shot)) for shot in row] for row in shots] or [[] for _ in rows]
-        while True:
-            batch = self._encode_prompts(rows, before)
-            lengths = batch["attention_mask"].sum(1).tolist()
-            long = [i for i, length in enumerate(lengths) if length > self.max_length]
-            with_shots = [i for i in long if before[i]]
-            if not with_shots:
-                break
-            for i in with_shots:
-                before[i].pop()
-                self._counts[2] += 1
-        if long:
+        rows, before = self._loaded(samples), [self._loaded(row) for row in shots]
+        batch = self._encode_prompts(rows, before)
+        lengths = batch["attention_mask"].sum(1).tolist()
+        if max(lengths) > self.max_length:
             batch = self._encode_prompts(self._fit(rows, lengths, self._prompt_text, may_drop=False), before)
         return _channels_last(batch)
+
+    def fitting_shots(self, samples: Sequence[Sample], shots: Sequence[Sequence[Sample]]) -> list[list[Sample]]:
+        """Return the examples of each sample without the first ones, as many as must go to stay within max_length."""
+        rows, before = self._loaded(samples), [self._loaded(row) for row in shots]
+        kept = [list(row) for row in shots]
+        while True:
+            lengths = self._encode_prompts(rows, before)["attention_mask"].sum(1).tolist()
+            long = [i for i, length in enumerate(lengths) if length > self.max_length and kept[i]]
+            if not long:
+                return kept
+            for i in long:
+                kept[i].pop(0)
+                before[i].pop(0)
+
+    def _loaded(self, samples: Sequence[Sample]) -> list[tuple[Sample, Any]]:
+        return [(self._neutral(sample), self._load(sample)) for sample in samples]
 
     def rough_length(self, sample: Sample, size: tuple[int, int] | None) -> int:
         """Return what grows with the tokens of a prompt, to sort by; `size` is that of its image, where it is known."""

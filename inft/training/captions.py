@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 
 from inft.data.heldout import spread
+from inft.data.references import grouped
 from inft.evaluation.generate import generate_captions
 from inft.evaluation.metrics import METRICS
 from inft.models.collate import CaptionCollator
@@ -50,14 +51,16 @@ class HeldoutCaptions:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Sample],  # those of one picture and prompt are references of one row
         collator: CaptionCollator,
         *,
         max_new_tokens: int,
         batch_size: int,  # rows that a process captions at the same time
         cjk_tokens: Sequence[str],  # languages whose words are segmented before they are scored
     ) -> None:
-        self.samples = samples
+        rows = grouped(samples)
+        self.samples = [row[0] for row in rows]
+        self.references = [[sample.answer for sample in row] for row in rows]
         self.collator = collator
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -68,13 +71,12 @@ class HeldoutCaptions:
         from inft.evaluation.metrics.scores import caption_figures
 
         captions = self._generated(model)
-        references = [sample.answer for sample in self.samples]
         languages = [sample.language for sample in self.samples]
         # Scored once: what chooses the best adapter must be the same in all processes to the bit.
-        wanted = [[reference] for reference in references]
-        figures = on_main(lambda: caption_figures(captions, wanted, languages, cjk_tokens=self.cjk_tokens))
+        wanted, segmented = self.references, self.cjk_tokens
+        figures = on_main(lambda: caption_figures(captions, wanted, languages, cjk_tokens=segmented))
         shown = [
-            Example(language=languages[row], reference=references[row], generated=captions[row])
+            Example(language=languages[row], reference=self.references[row][0], generated=captions[row])
             for row in spread(languages, range(len(languages)), EXAMPLES)
         ]
         return Captioned(figures=figures, rows=len(captions), examples=shown)
@@ -95,9 +97,13 @@ class HeldoutCaptions:
 
 
 def rows_to_caption(params: TrainParams, heldout: Sequence[Sample]) -> list[Sample]:
-    """The first ``sft.eval_captions`` held-out rows, as even over the languages as they allow; all when fewer."""
-    chosen = spread([sample.language for sample in heldout], range(len(heldout)), params.sft.eval_captions)
-    return [heldout[row] for row in chosen]
+    """The first ``sft.eval_captions`` held-out rows, as even over the languages as they allow; all when fewer.
+
+    The captions of one picture are one row: all of them come with it.
+    """
+    rows = grouped(heldout)
+    chosen = spread([row[0].language for row in rows], range(len(rows)), params.sft.eval_captions)
+    return [sample for number in chosen for sample in rows[number]]
 
 
 def heldout_captions(
@@ -125,7 +131,7 @@ def check_captions(params: TrainParams, heldout: Sequence[Sample]) -> None:
             f"sft.eval_captions={params.sft.eval_captions}: no row is held out to be captioned. Use data with a "
             "validation split, raise data.eval_fraction (--eval-fraction 0.05), or leave --eval-captions out."
         )
-    if params.sft.best_metric == "cider" and len(rows) == 1:
+    if params.sft.best_metric == "cider" and len(grouped(rows)) == 1:
         raise UserError(
             "sft.best_metric=cider weighs words by how few of the captioned rows have them: of one row it is always "
             "0. Raise --eval-captions (and hold out more rows), or choose another --best-metric."

@@ -113,9 +113,13 @@ def remove(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader, or a run killed meanwhile, finds the old text or the new, whole."""
     draft = path.with_name(f"{STAGING}{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    _sync(draft)
-    draft.replace(path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        _sync(draft)
+        draft.replace(path)
+    except BaseException:  # Ctrl-C, too, must leave no draft
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def file_sha256(path: Path) -> str:

@@ -73,13 +73,18 @@ def test_evaluations_stand_beside_one_another_in_one_table(inft):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["llama32"], "give one of --adapter DIR and --base"),
-        (["llama32", "--base", "--adapter", "x"], "give one of --adapter DIR and --base"),
+        (["llama32"], "what is to be evaluated? Give --adapter DIR, or --base"),
         (["llama32", "--adapter", "nowhere"], "there is no directory nowhere"),
         (["llama32", "--base", "--demo", "--data", "no/where"], "--data 'no/where' is neither a source nor a path"),
         (["llama32", "--base", "--demo", "--forgetting", "sample"], "--forgetting and --drift compare a base model"),
+        (["llama32", "--base", "--demo", "--forgetting-split", "test"], "no effect without --forgetting"),
+        (["llama32", "--base", "--demo", "--shot-choice", "similar"], "no effect without --shots"),
+        (["llama32", "--adapter", "x", "--drift", "3"], "CKA needs 4 rows at least"),
+        (["llama32", "--base", "--demo", "--set", "basic.gen_num_beams=4"], "evaluations are greedy"),
+        (["llama32", "--base", "--demo", "--set", "data.max_rows_per_lang=4"], "--limit N takes rows evenly"),
+        (["llama32", "--base", "--demo", "--set", "forgetting.columns.caption=x"], "give --forgetting"),
         (["llama32", "--base", "--demo", "--format", "xml"], "--format xml: choose one of table, json, csv, latex"),
-        (["llama32", "--base", "--demo", "--shot-choice", "best"], "--shot-choice best: choose random or similar"),
+        (["llama32", "--base", "--demo", "--shot-choice", "best"], "--shot-choice best: choose one of random, similar"),
         (["llama32", "--base", "--demo", "--data", "sample", "--split", "dev"], "has no split 'dev'"),
         (["llama32", "--base", "--demo", "--data", "sample", "--split", "heldout"], "--split heldout means the rows"),
         (["lama", "--base"], "unknown model 'lama'; did you mean llama32?"),
@@ -196,4 +201,59 @@ def test_a_base_model_has_no_held_out_rows_to_fall_back_to(inft, tmp_path):
     news(tmp_path / "news.jsonl")
     done = inft("evaluate", "text", "--base", "--demo", "--data", "news.jsonl")
     assert done.status == 2
-    assert "news.jsonl has no split 'test'; it has train" in done.err
+    assert "news.jsonl has no split 'test'; it has train. Choose with --split NAME." in done.err
+
+
+def test_the_base_is_evaluated_on_the_rows_that_an_adapters_run_held_out(inft, tmp_path):
+    news(tmp_path / "news.jsonl")
+    common = ("train", "text", "--demo", "--data", "news.jsonl", "--languages", "en", "--eval-fraction", "0.2")
+    inft(*common, "--max-steps", "1", "--output-dir", "run")
+    adapted = inft("evaluate", "text", "--adapter", "run", "--max-new-tokens", "4")
+    base = inft("evaluate", "text", "--base", "--adapter", "run", "--max-new-tokens", "4")
+    assert (adapted.status, base.status) == (0, 0), base.err
+    said = [
+        json.loads((tmp_path / "metrics" / name / "evaluation.json").read_text())
+        for name in ("run-news-heldout", "text_base_demo-news-heldout")
+    ]
+    assert said[0]["fingerprint"] == said[1]["fingerprint"]
+    assert said[1]["adapter"] is None
+    beside = inft("evaluate", "text", "--adapter", "run", "--beside", "metrics/text_base_demo-news-heldout")
+    assert beside.status == 2  # other settings: 96 new tokens
+    both = ("--max-new-tokens", "4", "--beside", "metrics/text_base_demo-news-heldout", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(inft("evaluate", "text", "--adapter", "run", *both).out)))
+    assert {row["system"] for row in rows} == {"run-news-heldout", "text_base_demo-news-heldout"}
+
+
+def test_a_checkpoint_is_used_as_its_run_was_trained(inft, tmp_path):
+    news(tmp_path / "news.jsonl")
+    common = ("train", "text", "--demo", "--data", "news.jsonl", "--languages", "en", "--eval-fraction", "0.2")
+    inft(*common, "--max-steps", "1", "--output-dir", "run", "--set", "basic.max_length=99")
+    done = inft("evaluate", "text", "--adapter", "run/checkpoint-1", "--max-new-tokens", "4")
+    assert done.status == 0, done.err
+    said = json.loads((tmp_path / "metrics/run_checkpoint-1-news-heldout/evaluation.json").read_text())
+    assert said["generation"]["max_length"] == 99
+    assert said["generation"]["in_4bit"] is False
+
+
+def test_evaluations_of_other_rows_do_not_stand_in_one_table(inft, tmp_path):
+    evaluated(inft)
+    done = evaluated(inft, "--split", "validation", "--beside", "metrics/llama32_base_demo-sample-test")
+    assert done.status == 2
+    assert "it was made on other rows" in done.err
+    same_name = evaluated(
+        inft,
+        "--output-dir",
+        "x/llama32_base_demo-sample-test",
+        "--format",
+        "csv",
+        "--beside",
+        "metrics/llama32_base_demo-sample-test",
+    )
+    rows = list(csv.DictReader(io.StringIO(same_name.out)))
+    assert len({row["system"] for row in rows}) == 2
+
+
+def test_a_file_of_news_that_is_not_there_is_no_news(inft):
+    done = inft("caption", "text", "--demo", "--news", "story.txt")
+    assert done.status == 2
+    assert "--news story.txt: there is no such file" in done.err

@@ -137,6 +137,8 @@ def write_forgetting(directory, *, languages=("en", "fr", "ur"), base=None, adap
         data="sample",
         split="test",
         rows=30,
+        fingerprint="f" * 64,
+        loss_rows=30,
         language_names=LANGUAGE_NAMES,
         could_do=("en", "fr"),
         base=scores(base, 0.5),
@@ -151,5 +153,13 @@ def write_forgetting(directory, *, languages=("en", "fr", "ur"), base=None, adap
 
 def write_drift(directory):
     """Three layers."""
-    found = Drift(data="sample", split="test", rows=8, layers=(0, 1, 2), cka=(1.0, 0.9, 0.7), cosine=(1.0, 0.8, 0.6))
+    found = Drift(
+        data="sample",
+        split="test",
+        rows=8,
+        fingerprint="f",
+        layers=(0, 1, 2),
+        cka=(1.0, 0.9, 0.7),
+        cosine=(1.0, 0.8, 0.6),
+    )
     (directory / "drift.json").write_text(to_json(found), encoding="utf-8")

@@ -67,20 +67,13 @@ def samples():
 @pytest.mark.parametrize("name", ["llama32", "aya", "text"])
 def test_an_adapter_of_zeros_moves_nothing_and_one_of_noise_does(name, samples):
     captioner = captioner_of(name)
-    moved = measure_drift(captioner, samples, batch_size=3, data="sample", split="test")
+    moved = measure_drift(captioner, samples, data="sample", split="test", fingerprint="")
     for key, weight in captioner.model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.zeros_(weight)
-    still = measure_drift(captioner, samples, batch_size=3, data="sample", split="test")
+    still = measure_drift(captioner, samples, data="sample", split="test", fingerprint="")
     assert len(still.layers) == len(still.cka) == len(still.cosine)
     assert still.cka == pytest.approx([1] * len(still.layers), abs=1e-6)
     assert still.cosine == pytest.approx([1] * len(still.layers), abs=1e-6)
     assert min(moved.cosine) < 0.98
     assert moved.cosine[0] == pytest.approx(1)
-
-
-def test_drift_does_not_depend_on_the_batch_size(samples):
-    captioner = captioner_of("llama32")
-    one, many = (measure_drift(captioner, samples, batch_size=size, data="s", split="t") for size in (1, 7))
-    assert one.cka == pytest.approx(many.cka, abs=1e-5)
-    assert one.cosine == pytest.approx(many.cosine, abs=1e-5)

@@ -181,6 +181,51 @@ def test_two_evaluations_do_not_write_into_one_directory(stored, adapter_dir):
         evaluate(replace(eval_params(adapter=adapter_dir), drift=4), stored.directory, console=QUIET)
 
 
+def test_forgetting_and_drift_of_other_rows_are_not_shown_for_these(adapter_dir, tmp_path):
+    params = eval_params(adapter=adapter_dir, limit=8, drift=4)
+    params = replace(params, forgetting=params.data)
+    evaluate(params, tmp_path / "m", console=QUIET)
+    with pytest.raises(UserError, match="drift: 4 rows → 6 rows"):
+        evaluate(replace(params, drift=6), tmp_path / "m", console=QUIET)
+    other = replace(params.data, split="validation")
+    with pytest.raises(UserError, match="forgetting: sample, test, 8 rows → sample, validation, 8 rows"):
+        evaluate(replace(params, forgetting=other), tmp_path / "m", console=QUIET)
+
+
+def test_a_run_without_readable_rows_says_so_and_no_traceback(adapter_dir, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"junk")
+    rows = [{"image": "bad.png", "caption": f"a {i}", "language": "en", "title": f"t{i}"} for i in range(5)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    params = eval_params(adapter=adapter_dir)
+    data = replace(params.data, data=str(tmp_path), languages=("en",))
+    with pytest.raises(UserError, match=r"can be captioned.*test\.jsonl line 1: image .*bad\.png"):
+        evaluate(replace(params, forgetting=data), tmp_path / "m", console=QUIET)
+    found = read_stored(tmp_path / "m")
+    assert found.scores  # of the rows themselves: what was done stays
+
+
+def test_rows_that_do_not_fit_are_left_out_of_losses_and_drift(adapter_dir, tmp_path):
+    tiny_image(tmp_path / "a.png")
+    rows = [
+        {"image": "a.png", "caption": "a " * length, "language": "en", "title": f"t{length}"}
+        for length in (1, 2, 3, 4, 400)
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"data": str(tmp_path), "languages": "en"}
+    params = eval_params(
+        adapter=adapter_dir, drift=5, flags=flags, overrides=["basic.max_length=200", "data.context=none"]
+    )
+    found = evaluate(replace(params, forgetting=params.data), tmp_path / "m", console=QUIET)
+    assert (found.forgetting.rows, found.forgetting.loss_rows) == (5, 4)
+    assert found.drift.rows == 4
+
+
+def test_a_draft_that_a_full_disk_left_is_in_nobodys_way(adapter_dir, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / ".inft-staging-evaluation.json").write_text("{")
+    assert evaluate(eval_params(adapter=adapter_dir, limit=2), tmp_path / "m", console=QUIET).scores
+
+
 def tiny_image(path):
     from PIL import Image
 

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from tiny_captioners import captioner_of
+from rich.console import Console
+from tiny_captioners import captioner_of, eval_params
 
 from inft.data.batches import load_samples
+from inft.evaluation.evaluate import evaluate
 from inft.evaluation.fewshot import random_shots, similar_shots
 from inft.evaluation.generate import generate_captions
 from inft.evaluation.rows import load_rows
@@ -96,10 +98,26 @@ def test_prompts_that_are_too_long_lose_examples_and_no_row(examples, rows):
     before = [shots(row) for row in rows[:3]]
     room = int(captioner.collator.prompts(samples, [b[:2] for b in before])["attention_mask"].sum(1).max())
     captioner.collator.max_length = room
-    batch = captioner.collator.prompts(samples, before)
+    kept = captioner.collator.fitting_shots(samples, before)
+    batch = captioner.collator.prompts(samples, kept)
     assert int(batch["attention_mask"].sum(1).max()) <= room
     assert len(batch["input_ids"]) == 3
-    assert 2 * 3 <= captioner.collator.shots_dropped < 4 * 3
+    for whole, left in zip(before, kept, strict=True):
+        assert 1 <= len(left) < 4
+        assert left == whole[-len(left) :]  # the nearest ones, which stand last, stay
+
+
+def test_the_examples_that_had_room_are_counted_and_none_at_all_is_refused(adapter_dir, tmp_path):
+    def asked(**changes):
+        flags = {"languages": "en,ur", **changes.pop("flags", {})}
+        return eval_params(adapter=adapter_dir, shots=6, limit=4, flags=flags, **changes)
+
+    whole = evaluate(asked(), tmp_path / "whole", console=Console(quiet=True))
+    assert [prediction.shots for prediction in whole.predictions] == [6] * 4
+    short = evaluate(asked(overrides=["basic.max_length=180"]), tmp_path / "short", console=Console(quiet=True))
+    assert all(0 < prediction.shots < 6 for prediction in short.predictions)
+    with pytest.raises(UserError, match=r"no room for a single example within basic\.max_length=40"):
+        evaluate(asked(overrides=["basic.max_length=40"]), tmp_path / "none", console=Console(quiet=True))
 
 
 def test_without_examples_prompts_are_as_ever(rows):

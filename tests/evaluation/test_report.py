@@ -218,7 +218,8 @@ def test_an_evaluation_without_its_base_names_the_command_for_it(tmp_path):
     run = write_run(tmp_path / "x")
     write_evaluation(tmp_path / "m" / "x", rows_of(languages=("en", "ur")), run=run)
     page = page_of(run, output=tmp_path / "report.html", metric_dir=tmp_path / "m")
-    assert "inft evaluate llama32 --base --demo --data sample --split test --languages en,ur" in page.text
+    best = "'" + str(run / "best") + "'"
+    assert f"inft evaluate llama32 --base --adapter {best} --data sample --split test --languages en,ur" in page.text
 
 
 def test_evaluations_belong_to_a_run_by_the_sum_of_its_weights_and_bases_by_their_rows(tmp_path):

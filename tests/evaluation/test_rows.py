@@ -96,6 +96,21 @@ def test_the_split_heldout_is_what_the_run_held_out(tmp_path):
     assert 5 <= len(expected) <= 20
 
 
+def test_a_held_out_row_whose_image_broke_since_is_still_there(tmp_path):
+    rows = []
+    for i in range(30):
+        Image.new("RGB", (20, 20), (i * 8, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "title": f"t{i}", "caption": f"caption {i}", "language": "en"})
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = MUNIChusLoadConfig(data=str(tmp_path), eval_fraction=0.3, seed=3)
+    asked = MUNIChusLoadConfig(data=str(tmp_path), split="heldout")
+    before = load_rows(asked, limit=None, with_images=True, trained=trained)
+    broken = before.rows[0].sample.image.path
+    broken.write_bytes(b"")
+    after = load_rows(asked, limit=None, with_images=True, trained=trained)
+    assert after.fingerprint == before.fingerprint
+
+
 def test_the_split_heldout_needs_a_run():
     with pytest.raises(UserError, match="--split heldout means the rows that an adapter's run held out"):
         load_rows(MUNIChusLoadConfig(data="sample", split="heldout"), limit=None, with_images=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from inft.training import storage
-from inft.training.storage import locked, remove_leftovers, staged
+from inft.training.storage import locked, remove_leftovers, staged, write_text
 from params import UserError
 
 
@@ -138,3 +138,16 @@ def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_directory(tmp_pat
     finally:
         os.kill(child, signal.SIGKILL)
         run.stdout.close()
+
+
+def test_a_text_that_cannot_be_written_leaves_no_draft(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("old")
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("inft.training.storage._sync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
