@@ -9,6 +9,7 @@ from peft import PeftModel
 from tiny_families import tiny_family
 
 from inft.models.loading import load_model
+from inft.models.weights import weights_fingerprint
 from inft.training.adapters import add_adapters
 from inft.training.best import BestRecord, config_sha256, store_best
 from params.presets import lora_targets
@@ -49,6 +50,7 @@ def store_adapter(
         base_model=model_name,
         base_config_sha256=config_sha256(base.config),
         params=asdict(params),
+        base_weights_sha256=weights_fingerprint(base.name_or_path),
     )
     store_best(model, family.processor, directory, record, initial=None)
     return model.eval()

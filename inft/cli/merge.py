@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-# What plain transformers leaves out of a family's model, and inft.models.loading.load_model adds.
-
 
 @app.command()
 def merge(

@@ -249,7 +249,8 @@ def _shots(job: _Job, captioner: Captioner) -> Shots | None:
     params = job.params
     if not params.shots:
         return None
-    config = replace(params.data, split="train", eval_fraction=0.0, max_rows_per_lang=CANDIDATES)
+    # A bad example is left out, however many there are: it is no row of the evaluation.
+    config = replace(params.data, split="train", eval_fraction=0.0, max_rows_per_lang=CANDIDATES, max_bad_fraction=1.0)
     examples = load_samples(config, quarantine_file=None, with_images=captioner.spec.takes_images).train
     if params.shot_choice == "similar":
         shots = similar_shots(captioner, examples, count=params.shots)

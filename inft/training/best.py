@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from inft.evaluation.metrics import METRICS, Metric
+from inft.models.weights import weights_fingerprint
 from inft.training.processes import is_main
 from inft.training.runlog import JsonlLogger
 from inft.training.storage import BEST_FILE, file_sha256, staged
@@ -80,6 +81,7 @@ class BestRecord:
     base_model: str  # hub id or path; "" for the embedded model
     base_config_sha256: str
     params: Mapping[str, Any]  # the resolved parameters of the run
+    base_weights_sha256: str | None = None  # of weights_fingerprint; None where the files were not at hand
 
 
 def store_best(
@@ -156,6 +158,7 @@ class BestKeeper:
         self.directory = Path(params.best_model_dir)
         self.initial = InitialAdapter(model) if params.lora.init == "pissa" else None
         self.base_config_sha256 = config_sha256(model.get_base_model().config)
+        self.base_weights_sha256 = weights_fingerprint(model.get_base_model().name_or_path) if is_main() else None
         self.criterion = criterion_of(params.sft)
 
     def keep(self, step: int, value: float) -> None:
@@ -181,6 +184,7 @@ class BestKeeper:
             base_model=self.params.model_name,
             base_config_sha256=self.base_config_sha256,
             params=asdict(self.params),
+            base_weights_sha256=self.base_weights_sha256,
         )
         store_best(self.model, self.processor, self.directory, record, initial=self.initial)
         self.log.event("best", step=step, metric=metric, value=value, path=self.directory)

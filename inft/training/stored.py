@@ -138,7 +138,9 @@ def read_unchecked(directory: Path) -> StoredAdapter:
 
 def changed_files(stored: StoredAdapter) -> list[str]:
     """Names of the files that best.json lists and that are missing or not as they were written; none without it."""
-    listed: Mapping[str, str] = (stored.record or {}).get("files") or {}
+    listed = (stored.record or {}).get("files") or {}
+    if not isinstance(listed, Mapping):
+        raise UserError(f"{stored.directory / BEST_FILE} is damaged: its files are no object. {COPY_AGAIN}")
     known = {WEIGHTS_FILE: stored.sha256}
 
     def as_written(name: str, digest: str) -> bool:
@@ -235,14 +237,20 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _refuse_other_base(base: "PreTrainedModel", stored: StoredAdapter, spec: "ModelSpec") -> None:
-    """UserError when best.json tells of a base with another architecture; it cannot tell other weights of the same."""
+    """UserError when best.json tells of a base with another architecture, or with other weights."""
+    from inft.models.weights import weights_fingerprint
     from inft.training.best import config_sha256
 
-    expected = (stored.record or {}).get("base_config_sha256")
+    record = stored.record or {}
+    was = f"the adapter in {stored.directory} was trained on {base_title(stored.base_model, spec.name)}, and "
+    expected = record.get("base_config_sha256")
     if expected is not None and config_sha256(base.config) != expected:
+        raise UserError(f"{was}{base.name_or_path} has another architecture. Give the adapter's own base with --model.")
+    trained_on, given = record.get("base_weights_sha256"), weights_fingerprint(base.name_or_path)
+    if trained_on is not None and given is not None and given != trained_on:
         raise UserError(
-            f"the adapter in {stored.directory} was trained on {base_title(stored.base_model, spec.name)}, and "
-            f"{base.name_or_path} has another architecture. Give the adapter's own base with --model."
+            f"{was}{base.name_or_path} has other weights. Give the adapter's own base with --model. (A copy that went "
+            "through float16 differs too: use the original.)"
         )
 
 

@@ -1,4 +1,5 @@
 import json
+import shlex
 import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -218,7 +219,7 @@ def test_an_evaluation_without_its_base_names_the_command_for_it(tmp_path):
     run = write_run(tmp_path / "x")
     write_evaluation(tmp_path / "m" / "x", rows_of(languages=("en", "ur")), run=run)
     page = page_of(run, output=tmp_path / "report.html", metric_dir=tmp_path / "m")
-    best = "'" + str(run / "best") + "'"
+    best = shlex.quote(str(run / "best"))
     assert f"inft evaluate llama32 --base --adapter {best} --data sample --split test --languages en,ur" in page.text
 
 

@@ -287,3 +287,26 @@ def test_a_checkpoint_of_a_pissa_run_is_the_same_as_what_was_stored_of_its_step(
         return logits
 
     torch.testing.assert_close(found(result.output_dir / "checkpoint-4"), found(result.best_dir), atol=2e-5, rtol=1e-4)
+
+
+def test_a_base_of_the_same_architecture_with_other_weights_is_refused(adapter, tmp_path):
+    other = tmp_path / "other"
+    model = tiny_family("text").model()
+    with torch.no_grad():
+        next(weight for name, weight in model.named_parameters() if "down_proj" in name).mul_(1.5)
+    model.save_pretrained(other)
+    tiny_family("text").processor.save_pretrained(other)
+    base = load_model(tiny_family("text").spec, str(other), basic=BasicParams(dtype="float32"))
+    with pytest.raises(UserError, match=r"was trained on the embedded text, and .*other has other weights"):
+        put_on_base(read_adapter(adapter), base=base)
+    model = tiny_family("text").model()
+    model.save_pretrained(other)
+    base = load_model(tiny_family("text").spec, str(other), basic=BasicParams(dtype="bfloat16"))
+    assert put_on_base(read_adapter(adapter), base=base) is not None  # a copy of its own base
+
+
+def test_a_record_whose_files_are_no_object_is_damaged(adapter):
+    record = json.loads((adapter / "best.json").read_text())
+    (adapter / "best.json").write_text(json.dumps({**record, "files": ["adapter_model.safetensors"]}))
+    with pytest.raises(UserError, match=r"best\.json is damaged: its files are no object"):
+        read_adapter(adapter)
