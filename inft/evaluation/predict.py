@@ -82,8 +82,9 @@ def predict(
     wrong, and the others go on. ``on_progress`` hears how many rows of how many are done, ``on_image`` sees each image
     and may name a file that shows it. Errors: UserError when the disk is full; all lines written before stay.
     """
-    done = {prediction.row: prediction for prediction in read_predictions(file.parent, name=file.name)}
-    done = {row.key: done[row.key] for row in rows if row.key in done}
+    wanted = {row.key for row in rows}
+    written = read_predictions(file.parent, name=file.name)
+    done = {prediction.row: prediction for prediction in written if prediction.row in wanted}
     with _appending(file, list(done.values())) as lines:
         if on_progress is not None:
             on_progress(len(done), len(rows))

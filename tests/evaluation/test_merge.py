@@ -1,10 +1,9 @@
 """merge_adapter: the merged model is what the adapter computes, in every dtype, or it is not there."""
 
 import json
-import resource
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from small_files import small_files
 from stored_adapters import STEP, store_adapter
 from tiny_families import tiny_family
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -330,18 +330,9 @@ def test_modules_that_peft_trains_as_a_whole_are_taken_over(tmp_path):
     )
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow above a hundred thousand bytes: what a full disk does, the operating system does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_leaves_nothing_and_says_what_to_do(adapters, tmp_path):
-    with pytest.raises(UserError, match=r"merged model could not be saved to .*Free space there, then merge again"):
+    refused = pytest.raises(UserError, match=r"merged model could not be saved to .*Free space there, then merge again")
+    with refused, small_files(100_000):
         merged(adapters / "text", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,15 +1,14 @@
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_files import small_files
 
 from inft.training import storage
 from inft.training.storage import locked, remove_leftovers, staged, write_text
@@ -47,15 +46,6 @@ def test_a_failure_leaves_the_old_content(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """The system refuses to let any file grow above 10,000 bytes, as a full disk would."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def write_much(directory: Path, library: str) -> None:
     tensors = {"a": torch.zeros(10_000)}
     with staged(directory, what="the thing") as staging:
@@ -68,10 +58,10 @@ def write_much(directory: Path, library: str) -> None:
 
 
 @pytest.mark.parametrize("library", ["torch", "safetensors", "python"])
-@pytest.mark.usefixtures("small_files")
 def test_a_write_that_the_system_refuses_is_a_clear_error_whatever_library_wrote(tmp_path: Path, library: str) -> None:
     write(tmp_path / "best", "old")
-    with pytest.raises(UserError, match=r"the thing could not be saved.*What was saved before is intact"):
+    refused = pytest.raises(UserError, match=r"the thing could not be saved.*What was saved before is intact")
+    with refused, small_files(10_000):
         write_much(tmp_path / "best", library)
     assert (tmp_path / "best" / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
