@@ -13,6 +13,7 @@ from params.presets import MODEL_NAMES
 if TYPE_CHECKING:
     from params.evaluation import EvalParams
 
+READ = ("basic", "data", "qlora")  # sections of a run's parameters that are used here
 FORGETTING = "forgetting."  # of --set: a field of the forgetting data
 Model = Annotated[str, typer.Argument(metavar="|".join(MODEL_NAMES), help="Model family.")]
 Adapter = Annotated[
@@ -61,6 +62,7 @@ def resolve(
     main = [text for text in overrides if text not in of_forgetting]
     if of_forgetting and forgetting is None:
         raise UserError(f"--set {of_forgetting[0]}: there is no forgetting data: give --forgetting.")
+    main = [*precision_of_merged(common.get("model_name")), *main]
     params = resolve_eval(model, flags=flags, overrides=main, **common)
     if forgetting is None:
         return params
@@ -85,6 +87,10 @@ def recorded(adapter: Path | None, model: str) -> dict[str, Any]:
     stored = read_adapter(adapter)
     refuse_other_family(stored, model)
     trained = (stored.record or {}).get("params") or parameters_beside(stored.directory, model)
+    if not (trained is None or (isinstance(trained, dict) and all(isinstance(trained.get(k, {}), dict) for k in READ))):
+        raise UserError(
+            f"{stored.directory}/best.json is damaged: its params are no sections. Copy the directory again."
+        )
     if trained is None:
         print(
             f"note: nothing beside {stored.directory} says how it was trained: prompt, precision and length are the "
@@ -93,6 +99,15 @@ def recorded(adapter: Path | None, model: str) -> dict[str, Any]:
         )
         return {"adapter": str(stored.directory), "model_name": stored.base_model}
     return {"adapter": str(stored.directory), "trained": trained}
+
+
+def precision_of_merged(name: str | None) -> list[str]:
+    """The precision in which `inft merge` wrote a model, as overrides; none for any other model."""
+    from inft.evaluation.merged import MERGE_FILE, read_merged
+
+    if not name or not (Path(name) / MERGE_FILE).is_file():
+        return []
+    return ["qlora.load_in_4bit=false", f"basic.dtype={read_merged(Path(name))['dtype']}"]
 
 
 def parameters_beside(directory: Path, model: str) -> dict[str, Any] | None:

@@ -68,7 +68,10 @@ def show_more(stored: "Stored", console: "Console") -> None:
     failed = [prediction for prediction in stored.predictions if prediction.error]
     if failed:
         first = failed[0]
-        text = f"{len(failed):,} rows have no caption and count as wrong, the first: {first.where}: {first.error}"
+        text = (
+            f"{len(failed):,} rows have no caption and count as wrong, the first: {first.where}: {first.error}. Mend "
+            "them, and the same command tries them again."
+        )
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     shots = [prediction.shots for prediction in stored.predictions if prediction.shots is not None]
     if shots and min(shots) < max(shots):
@@ -96,11 +99,11 @@ def forgetting_table(found: "Forgetting") -> "Table":
     from rich.table import Table
 
     table = Table(title=f"Forgetting on {found.data}, {found.split}: {found.rows:,} rows")
-    table.add_column("language")
+    table.add_column("language", overflow="fold")
     for heading in HEADINGS:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for heading in LOSSES.values():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for language in found.base:
         if language == ALL:
             table.add_section()
@@ -135,7 +138,7 @@ def drift_table(found: "Drift") -> "Table":
 
     table = Table(title=f"Hidden states, base to adapter: {found.rows:,} rows of {found.data}, {found.split}")
     for heading in ("layer", "CKA", "cosine"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for layer, cka, cosine in zip(found.layers, found.cka, found.cosine, strict=True):
         table.add_row("embeddings" if layer == 0 else str(layer), f"{cka:.3f}", f"{cosine:.3f}")
     table.caption = "1: unchanged"

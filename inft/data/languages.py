@@ -9,8 +9,8 @@ from params.munichus import LANGUAGE_NAMES, MUNIChusLoadConfig
 
 
 def any_language_will_do(config: MUNIChusLoadConfig) -> bool:
-    """Whether the languages are the default, all ten: then a data set of some of them is no mistake."""
-    return config.languages == tuple(LANGUAGE_NAMES)
+    """Whether the languages are all, the default ten or all that have a name: some of them are then no mistake."""
+    return config.languages in (tuple(LANGUAGE_NAMES), tuple(config.language_names))
 
 
 def known_code(config: MUNIChusLoadConfig, code: str) -> str:

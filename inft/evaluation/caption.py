@@ -29,6 +29,11 @@ def caption_rows(params: EvalParams, images: Sequence[Path], *, language: str | 
         raise UserError(f"{spec.title} take no images: leave the files out and give --news TEXT.")
     if not spec.takes_images and not news:
         raise UserError(f"{spec.title} caption what --news says: give it a text or a file.")
+    if news and params.data.context == "none":
+        raise UserError(
+            "--news would have no effect: the prompts are without articles (data.context=none). Leave it out, or add "
+            "--set data.context=content."
+        )
     code = language or default_language(params)
     prompt = build_prompt(params.data, language=code, title=news, content=news)
     places: list[Path | None] = list(images) or [None]

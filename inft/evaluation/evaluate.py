@@ -134,7 +134,8 @@ def _full_disk_told(directory: Path) -> Iterator[None]:
 def _work(job: _Job) -> None:
     """Everything that needs a model, unless all of it is there."""
     directory, params = job.directory, job.params
-    missing = {row.key for row in job.rows.rows} - {prediction.row for prediction in read_predictions(directory)}
+    captioned = {prediction.row for prediction in read_predictions(directory) if not prediction.error}
+    missing = {row.key for row in job.rows.rows} - captioned  # rows that failed are tried again: they may be mended
     to_forget = job.forgetting_rows is not None and not (directory / FORGETTING_FILE).is_file()
     to_drift = bool(params.drift) and not (directory / DRIFT_FILE).is_file()
     if missing or to_forget or to_drift:
@@ -362,5 +363,8 @@ def _tell_left_out(job: _Job) -> None:
     if rows.bad:
         first = rows.bad[0]
         words.append(f"{len(rows.bad):,} lines are no rows, the first: {first.where}: {first.reason}")
+    if rows.other_languages:
+        counts = ", ".join(f"{count:,} in {code or '?'}" for code, count in rows.other_languages.items())
+        words.append(f"rows in other languages are left out: {counts} (--languages; a code needs a name in the prompt)")
     for text in words:
         job.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)

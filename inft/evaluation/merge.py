@@ -19,6 +19,7 @@ from inft.models import load_spec
 from inft.models.loading import find_source, load_model, load_processor, read_config
 from inft.models.modules import linear_modules, meta_model, part_of, shape_of
 from inft.models.spec import ModelSpec
+from inft.training.callbacks import sigterm_interrupts
 from inft.training.quantise import after_quantised_load, quantization_config
 from inft.training.storage import staged
 from inft.training.stored import StoredAdapter, base_title, load_adapter
@@ -88,7 +89,10 @@ def merge_adapter(
     if stored.quantised:
         tell("computing what the adapter does on the 4-bit weights that it was trained on …")
         trained = _trained_logits(job)
-    with staged(out, what="the merged model", remedy="Free space there, then merge again.") as staging:
+    with (
+        sigterm_interrupts(),
+        staged(out, what="the merged model", remedy="Free space there, then merge again.") as staging,
+    ):
         tell(f"merging into {base_title(job.base_model, job.spec.name)}, unquantised, as {job.dtype} …")
         before = _write_merged(job, staging)
         _release_memory()

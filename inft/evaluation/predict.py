@@ -79,12 +79,13 @@ def predict(
     """Caption the rows that ``file`` does not have yet, adding a line for each; return all of them in rows' order.
 
     A row whose image cannot be read, or whose prompt does not fit, gets an empty caption and the reason: it counts as
-    wrong, and the others go on. ``on_progress`` hears how many rows of how many are done, ``on_image`` sees each image
-    and may name a file that shows it. Errors: UserError when the disk is full; all lines written before stay.
+    wrong, the others go on, and the next call tries it again. ``on_progress`` hears how many rows of how many are done,
+    ``on_image`` sees each image and may name a file that shows it. Errors: UserError when the disk is full; all lines
+    written before stay.
     """
     wanted = {row.key for row in rows}
     written = read_predictions(file.parent, name=file.name)
-    done = {prediction.row: prediction for prediction in written if prediction.row in wanted}
+    done = {prediction.row: prediction for prediction in written if prediction.row in wanted and not prediction.error}
     with _appending(file, list(done.values())) as lines:
         if on_progress is not None:
             on_progress(len(done), len(rows))

@@ -75,6 +75,12 @@ def write_report(
             f"{pictures_dir} is a file; the figures need a directory there. Choose another -o, or --no-png."
         )
 
+    others = [path.name for path in pictures_dir.glob("*.png") if PNG_FILES.fullmatch(path.name)] if png else []
+    if others and not overwrite and not output.exists():
+        raise UserError(
+            f"{pictures_dir} holds {others[0]}, and no report lies beside it: its files would be replaced. Choose "
+            "another -o, add --no-png, or replace them by --overwrite."
+        )
     gathered = gather(directories, metric_dir=metric_dir)
     compared = comparisons(gathered)
     content = Content(

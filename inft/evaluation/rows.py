@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from inft.data.batches import held_out_entries
@@ -17,6 +17,9 @@ from inft.sample import Sample
 from params.errors import UserError
 from params.evaluation import HELDOUT
 from params.munichus import MUNIChusLoadConfig
+
+# samples, rows without a reference, lines that are no rows, rows of other languages
+Found = tuple[list[Sample], int, tuple[BadRow, ...], Mapping[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +44,7 @@ class EvalRows:
     without_reference: int  # rows left out: nothing to compare with
     bad: tuple[BadRow, ...]  # lines that could not be read as rows at all
     fingerprint: str  # sha256 over the keys
+    other_languages: Mapping[str, int]  # language that was not asked for, or has no name -> rows left out
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -61,9 +65,9 @@ def load_rows(
     False) get no images. Errors: UserError for an unknown source, split or language, and when no row has a reference.
     """
     if config.split == HELDOUT:
-        samples, empty, bad = _held_out(config, trained, with_images=with_images)
+        samples, empty, bad, others = _held_out(config, trained, with_images=with_images)
     else:
-        samples, empty, bad = _of_split(replace(config, remove_empty=True), with_images=with_images)
+        samples, empty, bad, others = _of_split(replace(config, remove_empty=True), with_images=with_images)
     rows = [_row(group) for group in grouped(samples)]
     if not rows:
         raise UserError(
@@ -73,7 +77,13 @@ def load_rows(
     ranks = [unit_hash(config.seed, "evaluation", row.key) for row in rows]
     chosen = [rows[i] for i in spread([row.sample.language for row in rows], ranks, limit)]
     chosen.sort(key=lambda row: config.languages.index(row.sample.language))  # stable: then in the source's order
-    return EvalRows(rows=chosen, without_reference=empty, bad=bad, fingerprint=fingerprint_of(chosen))
+    return EvalRows(
+        rows=chosen,
+        without_reference=empty,
+        bad=bad,
+        fingerprint=fingerprint_of(chosen),
+        other_languages=others,
+    )
 
 
 def fingerprint_of(rows: Sequence[EvalRow]) -> str:
@@ -81,7 +91,7 @@ def fingerprint_of(rows: Sequence[EvalRow]) -> str:
     return hashlib.sha256("\n".join(row.key for row in rows).encode()).hexdigest()
 
 
-def _of_split(config: MUNIChusLoadConfig, *, with_images: bool) -> tuple[list[Sample], int, tuple[BadRow, ...]]:
+def _of_split(config: MUNIChusLoadConfig, *, with_images: bool) -> Found:
     source, location = find_source(config)
     try:
         pool = collect(config, source=source, location=location, split=config.split)
@@ -90,12 +100,11 @@ def _of_split(config: MUNIChusLoadConfig, *, with_images: bool) -> tuple[list[Sa
     if pool.found:
         available_languages(config, pool.found, source=location or source)
     samples = [entry.sample if with_images else _without_image(entry.sample) for entry in pool.entries]
-    return samples, pool.empty.total(), tuple(pool.bad)
+    others = {code: count for code, count in pool.found.items() if code not in config.languages}
+    return samples, pool.empty.total(), tuple(pool.bad), others
 
 
-def _held_out(
-    config: MUNIChusLoadConfig, trained: MUNIChusLoadConfig | None, *, with_images: bool
-) -> tuple[list[Sample], int, tuple[BadRow, ...]]:
+def _held_out(config: MUNIChusLoadConfig, trained: MUNIChusLoadConfig | None, *, with_images: bool) -> Found:
     """The rows that a run held out: split as it split them, whatever languages are asked for now."""
     if trained is None:
         raise UserError(
@@ -105,9 +114,11 @@ def _held_out(
     entries, empty, bad = held_out_entries(replace(trained, data=config.data), with_images=with_images)
     if not entries:
         raise UserError("the adapter's run held out no rows (data.eval_fraction was 0): name a split with --split.")
-    available_languages(config, Counter(entry.sample.language for entry in entries), source=f"the split {HELDOUT}")
+    found = Counter(entry.sample.language for entry in entries)
+    available_languages(config, found, source=f"the split {HELDOUT}")
+    others = {code: count for code, count in found.items() if code not in config.languages}
     samples = [entry.sample for entry in entries if entry.sample.language in config.languages]
-    return samples if with_images else [_without_image(sample) for sample in samples], empty, bad
+    return samples if with_images else [_without_image(sample) for sample in samples], empty, bad, others
 
 
 def _without_image(sample: Sample) -> Sample:

@@ -25,6 +25,7 @@ _DISK_ERRNOS = {
     errno.EFBIG: "a file may not grow that large",
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "writing there is not permitted",
+    errno.EPERM: "writing there is not permitted",
 }
 
 

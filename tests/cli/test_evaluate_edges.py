@@ -135,3 +135,39 @@ def test_the_table_of_drift_names_the_embeddings_and_counts_the_layers():
         ["1", "0.500", "0.750"],
         ["2", "0.250", "-0.500"],
     ]
+
+
+def test_a_language_with_a_name_of_its_own_need_not_be_in_every_data_set(inft):
+    tamil = ("--set", "data.language_names.ta=Tamil")
+    done = inft(*BASE, "--data", "sample", "--languages", "all", *tamil, "--output-dir", "out")
+    assert done.status == 0, done.err
+
+
+def test_rows_of_languages_without_a_name_are_told(inft, tmp_path):
+    Image.new("RGB", (64, 48), "blue").save(tmp_path / "a.png")
+    rows = [
+        {"image": "a.png", "caption": f"c {code}", "language": code, "title": code} for code in ("en", "ta", "zh-TW")
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = inft(*BASE, "--data", str(tmp_path), "--set", "data.context=none", "--output-dir", "out")
+    assert "rows in other languages are left out: 1 in ta, 1 in zh-TW" in done.out
+
+
+def test_a_row_that_was_mended_is_captioned_by_the_same_command(inft, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    row = {"image": "a.png", "caption": "a blue field", "language": "en"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    command = (*BASE, "--data", str(tmp_path), "--set", "data.context=none", "--output-dir", "out")
+    assert "Mend them, and the same command tries them again" in inft(*command).out
+    Image.new("RGB", (64, 48), "blue").save(tmp_path / "a.png")
+    assert "Mend them" not in inft(*command).out
+    [line] = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["generated_caption"]
+
+
+def test_news_that_the_prompt_would_not_quote_is_refused(inft):
+    scene = next(iter(scenes("test", rounds=1)))
+    scene.image.load().save("s.png")
+    done = inft("caption", "llama32", "--demo", "s.png", "--news", "the king")
+    assert done.status == 2
+    assert "--news would have no effect" in done.err

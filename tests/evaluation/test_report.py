@@ -364,7 +364,10 @@ def test_figures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
     folder.mkdir()
     for name in ("drift.png", "languages_7.png", "mine.png", "notes.txt"):
         (folder / name).write_bytes(b"old")
-    found = write_report([evaluation], output=tmp_path / "report.html")
+    with pytest.raises(UserError, match="holds .*, and no report lies beside it"):  # whose are they?
+        write_report([evaluation], output=tmp_path / "report.html")
+    assert (folder / "drift.png").read_bytes() == b"old"
+    found = write_report([evaluation], output=tmp_path / "report.html", overwrite=True)
     assert {path.name for path in found.pictures} == {"languages.png", "gallery.png"}
     assert {path.name for path in folder.iterdir()} == {"languages.png", "gallery.png", "mine.png", "notes.txt"}
 
