@@ -364,7 +364,7 @@ def test_figures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
     folder.mkdir()
     for name in ("drift.png", "languages_7.png", "mine.png", "notes.txt"):
         (folder / name).write_bytes(b"old")
-    with pytest.raises(UserError, match="holds .*, and no report lies beside it"):  # whose are they?
+    with pytest.raises(UserError, match=r"holds .*, and no report lies beside it"):  # whose are they?
         write_report([evaluation], output=tmp_path / "report.html")
     assert (folder / "drift.png").read_bytes() == b"old"
     found = write_report([evaluation], output=tmp_path / "report.html", overwrite=True)
