@@ -1,6 +1,7 @@
 """The craft_* fields of a trainer's arguments, and the arguments of TRL's trainers with them."""
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, Self
@@ -13,11 +14,15 @@ from params.craft import LEARNABLE_TEMPERATURE, Balancing, BetaMode, LengthStrat
 Metric = Literal["contrastive_accuracy", "representation_consistency", "temperature", "gradient_norm"]
 
 # Name here -> module and class of the arguments that it extends.
-_TRL_CONFIGS: Mapping[str, tuple[str, str]] = {
+_CONFIGS: Mapping[str, tuple[str, str]] = {
     "CRAFTSFTConfig": ("trl", "SFTConfig"),
     "CRAFTDPOConfig": ("trl", "DPOConfig"),
     "CRAFTGRPOConfig": ("trl", "GRPOConfig"),
+    "CRAFTRLOOConfig": ("trl", "RLOOConfig"),
+    "CRAFTKTOConfig": ("trl", "KTOConfig"),
+    "CRAFTRewardConfig": ("trl", "RewardConfig"),
     "CRAFTORPOConfig": ("trl.experimental.orpo", "ORPOConfig"),
+    "CRAFTPPOConfig": ("craft.ppo.config", "PPOConfig"),  # ours: TRL has none any more
 }
 _TRL_VERSION = "1.16"
 
@@ -27,7 +32,7 @@ __all__ = [
     "auto_configure",
     "craft_settings",
     "get_preset",
-    *_TRL_CONFIGS,
+    *_CONFIGS,
 ]
 
 
@@ -184,16 +189,21 @@ def craft_settings(args: Any) -> CRAFTConfigMixin:
 
 def __getattr__(name: str) -> Any:
     """Make CRAFTSFTConfig and its like when they are asked for: TRL takes seconds to import."""
-    if name not in _TRL_CONFIGS:
+    if name not in _CONFIGS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, base = _TRL_CONFIGS[name]
+    module, base = _CONFIGS[name]
     try:
-        parent = getattr(importlib.import_module(module), base)
+        with warnings.catch_warnings():
+            if module.startswith("trl.experimental"):
+                warnings.simplefilter("ignore")  # that it is experimental, which ImportError below provides for
+            parent = getattr(importlib.import_module(module), base)
     except (ImportError, AttributeError) as error:
+        if not module.startswith("trl"):
+            raise
         raise ImportError(
-            f"{name} needs {module}.{base} of TRL {_TRL_VERSION} or newer: pip install 'trl>=1.16'."
+            f"{name} needs {module}.{base} of TRL {_TRL_VERSION} or newer: pip install 'trl>={_TRL_VERSION}'."
         ) from error
-    documented = {"__module__": __name__, "__doc__": f"{base} of TRL with the fields of CRAFTConfigMixin."}
+    documented = {"__module__": __name__, "__doc__": f"{base} with the fields of CRAFTConfigMixin."}
     made: type = dataclass(type(name, (CRAFTConfigMixin, parent), documented))
     globals()[name] = made
     return made

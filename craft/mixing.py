@@ -91,7 +91,7 @@ class CRAFTMixedDataLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch = self._epoch
-        sft = _opened(self.sft_loader, epoch=epoch, seed=self._seed_of(_SFT, epoch))
+        sft = opened(self.sft_loader, epoch=epoch, seed=self._seed_of(_SFT, epoch))
         self._find_place(epoch)
         taken = 0
         for kind in self._kinds():
@@ -152,7 +152,7 @@ class CRAFTMixedDataLoader:
     def _begin_round(self, round_: int) -> None:
         assert self.contrastive_loader is not None
         self._round = round_
-        self._stream = _opened(self.contrastive_loader, epoch=round_, seed=self._seed_of(_CONTRASTIVE, round_))
+        self._stream = opened(self.contrastive_loader, epoch=round_, seed=self._seed_of(_CONTRASTIVE, round_))
 
     def _next_contrastive(self) -> Any:
         """The next batch of the stream; None where a cap of unknown lengths ends the epoch."""
@@ -182,7 +182,7 @@ class _BatchStream(IterableDataset[dict[str, Any]]):
         self.loader.set_epoch(epoch)
 
 
-def _opened(loader: Iterable[Any], *, epoch: int, seed: int | None) -> Iterator[Any]:
+def opened(loader: Iterable[Any], *, epoch: int, seed: int | None) -> Iterator[Any]:
     """Iterate over a loader; what it draws from torch's global state up to its first batch comes from `seed`.
 
     That is where DataLoader draws: the seed of its workers when it is opened, RandomSampler's at the first batch.

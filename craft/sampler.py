@@ -25,6 +25,42 @@ def mixed_seed(*parts: int) -> int:
     return state >> 1
 
 
+class ContrastivePasses:
+    """The contrastive batches of a run by their number: passes over all rows, each in an order of its own.
+
+    The stream passes over all of the rows before it repeats one; its batches differ in size by one row at most, so that
+    none is left with a single pair. Batch n is a function of (rows, sizes, seed, rank, n) alone.
+    """
+
+    def __init__(
+        self, rows: int, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, drop_last: bool = False
+    ) -> None:
+        self.rows = rows
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        step = batch_size * world_size
+        self.batches = rows // step if drop_last else -(-rows // step)  # of one pass
+        self._used = self.batches * step if drop_last else rows
+        self._round = (-1, [0])  # the pass that was drawn last
+
+    def __getitem__(self, number: int) -> list[int]:
+        """This rank's rows of batch ``number``."""
+        round_, position = divmod(number, self.batches)
+        if self._round[0] != round_:
+            self._round = (round_, shuffled(self.rows, seed=self.seed, round_=round_))
+        whole = self._round[1]
+        begin, end = (self._used * k // self.batches for k in (position, position + 1))
+        return part_of(whole[begin:end], fill=whole, rank=self.rank, world_size=self.world_size)
+
+
+def part_of(rows: Sequence[int], *, fill: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """One rank's part of a batch: consecutive rows, sizes that differ by one at most; too few are filled up."""
+    missing = world_size - len(rows)
+    if missing > 0:
+        rows = [*rows, *(fill[k % len(fill)] for k in range(missing))]
+    begin, end = (len(rows) * k // world_size for k in (rank, rank + 1))
+    return list(rows[begin:end])
+
+
 class TaskBatchSampler(Sampler[list[int]]):
     """Batches of one rank as lists of indices into MixedRows, in the kinds and numbers of an EpochPlan.
 
@@ -34,8 +70,7 @@ class TaskBatchSampler(Sampler[list[int]]):
 
     All ranks have the same kind at the same position and rows of their own. A batch that has too few rows for all is
     divided among the ranks; only one with fewer rows than ranks is filled up from the beginning of the order.
-    Contrastive rows come in a stream that passes over all of them before it repeats one and goes on over epochs; its
-    batches differ in size by one row at most, so that none is left with a single pair. Everything is a function of
+    Contrastive rows come in a stream that goes on over epochs (ContrastivePasses). Everything is a function of
     (seed, epoch): no global random state enters, and a resumed epoch only skips batches.
 
     Attributes: `plan`, the EpochPlan of every epoch; `sampler`, itself, which is where accelerate looks for set_epoch.
@@ -63,19 +98,21 @@ class TaskBatchSampler(Sampler[list[int]]):
     ) -> None:
         self.sft_order = sft_order
         self.sft_rows = sft_rows
-        self.contrastive_rows = contrastive_rows
         self.batch_size = sft_batch_size
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.rank, self.world_size = rank, world_size
         self._sft_step = sft_batch_size * world_size
         self._epoch = 0
-        self._round = (-1, [0])  # the pass over the contrastive rows that was drawn last
-        # Batches of one pass over either data set.
-        step = contrastive_batch_size * world_size
-        self._pass_batches = contrastive_rows // step if drop_last else -(-contrastive_rows // step)
-        self._pass_rows = self._pass_batches * step if drop_last else contrastive_rows
+        self._passes = ContrastivePasses(
+            contrastive_rows,
+            batch_size=contrastive_batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+        )
         self.plan: EpochPlan = plan_epoch(
             sft_batches=sft_rows // self._sft_step if drop_last else -(-sft_rows // self._sft_step),
-            contrastive_batches=self._pass_batches,
+            contrastive_batches=self._passes.batches,
             beta=beta,
             gradient_accumulation_steps=gradient_accumulation_steps,
             beta_mode=beta_mode,
@@ -100,11 +137,10 @@ class TaskBatchSampler(Sampler[list[int]]):
         for kind in self.plan.kinds():
             if kind == "sft":
                 rows = order[sft * self._sft_step : (sft + 1) * self._sft_step]
-                yield self._mine(rows, fill=order)
+                yield part_of(rows, fill=order, rank=self.rank, world_size=self.world_size)
                 sft += 1
             else:
-                rows, whole = self._contrastive_batch(contrastive)
-                yield [self.sft_rows + row for row in self._mine(rows, fill=whole)]
+                yield [self.sft_rows + row for row in self._passes[contrastive]]
                 contrastive += 1
 
     def _order(self) -> Sequence[int]:
@@ -115,20 +151,3 @@ class TaskBatchSampler(Sampler[list[int]]):
                 "is needed. Pass a sampler without replacement that does not divide the rows among processes."
             )
         return order
-
-    def _contrastive_batch(self, number: int) -> tuple[Sequence[int], Sequence[int]]:
-        """The rows of all ranks of a batch of the stream, and the order of the pass that it belongs to."""
-        round_, position = divmod(number, self._pass_batches)
-        if self._round[0] != round_:
-            self._round = (round_, shuffled(self.contrastive_rows, seed=self.seed, round_=round_))
-        whole = self._round[1]
-        begin, end = (self._pass_rows * k // self._pass_batches for k in (position, position + 1))
-        return whole[begin:end], whole
-
-    def _mine(self, rows: Sequence[int], *, fill: Sequence[int]) -> list[int]:
-        """This rank's part: consecutive rows, sizes that differ by one at most."""
-        missing = self.world_size - len(rows)
-        if missing > 0:
-            rows = [*rows, *(fill[k % len(fill)] for k in range(missing))]
-        begin, end = (len(rows) * k // self.world_size for k in (self.rank, self.rank + 1))
-        return list(rows[begin:end])

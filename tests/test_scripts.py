@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("scripts/setup", "scripts/test", "scripts/demo", ".ci/run")
+SCRIPTS = ("scripts/setup", "scripts/test", "scripts/demo", "scripts/ddp/launch_craft.sh", ".ci/run")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -8,10 +8,27 @@ from craft.config import _TRL_VERSION
 _MODULES = {
     "CRAFTTrainerMixin": "craft.trainers.mixin",
     "CRAFTPlan": "craft.trainers.plan",
+    "CRAFTJointMixin": "craft.trainers.joint",
     "CRAFTSFTTrainer": "craft.trainers.sft",
+    "CRAFTDPOTrainer": "craft.trainers.dpo",
+    "CRAFTORPOTrainer": "craft.trainers.orpo",
+    "CRAFTGRPOTrainer": "craft.trainers.grpo",
+    "CRAFTPPOTrainer": "craft.trainers.ppo",
+    "CRAFTRLOOTrainer": "craft.trainers.rloo",
+    "CRAFTKTOTrainer": "craft.trainers.kto",
+    "CRAFTRewardTrainer": "craft.trainers.reward",
 }
 
-_OF_TRL = {"CRAFTSFTTrainer": "SFTTrainer"}  # and the trainer of TRL that it extends
+# And the trainer of TRL that it extends.
+_OF_TRL = {
+    "CRAFTSFTTrainer": "trl.SFTTrainer",
+    "CRAFTDPOTrainer": "trl.DPOTrainer",
+    "CRAFTORPOTrainer": "trl.experimental.orpo.ORPOTrainer",
+    "CRAFTGRPOTrainer": "trl.GRPOTrainer",
+    "CRAFTRLOOTrainer": "trl.RLOOTrainer",
+    "CRAFTKTOTrainer": "trl.KTOTrainer",
+    "CRAFTRewardTrainer": "trl.RewardTrainer",
+}
 
 __all__ = list(_MODULES)
 
@@ -26,5 +43,5 @@ def __getattr__(name: str) -> Any:
         if name not in _OF_TRL or (error.name or "").partition(".")[0] != "trl":
             raise
         raise ImportError(
-            f"{name} needs trl.{_OF_TRL[name]} of TRL {_TRL_VERSION} or newer: pip install 'trl>={_TRL_VERSION}'."
+            f"{name} needs {_OF_TRL[name]} of TRL {_TRL_VERSION} or newer: pip install 'trl>={_TRL_VERSION}'."
         ) from error

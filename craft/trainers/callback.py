@@ -13,10 +13,7 @@ class BesideTheLoop(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Forget what a step that was interrupted left behind."""
-        for parameter in self.trainer.craft_parameters():
-            parameter.grad = None
-        self.trainer._craft_balance.forget()
-        self.trainer._craft_objective.forget()
+        self.trainer._craft_forget()
 
     def on_epoch_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         """Tell a mixed loader its epoch, which a resumed run begins in the middle of."""

@@ -1,6 +1,6 @@
 """From a batch to the embeddings of its two sides: by one forward for self-aligned rows, by one a side for pairs."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -186,11 +186,16 @@ def _side(inputs: Inputs) -> Side:
     return Side(inputs=inputs, mask_BT=mask_BT)
 
 
-def pair_ids(batch: Mapping[str, Any], anchors_B: Tensor, positives_B: Tensor, *, rows: Tensor | None = None) -> Tensor:
-    """Sample, anchor and positive id of each pair [B, 3], 0 where unknown; ``rows`` are theirs in the batch."""
+def pair_ids(batch: Mapping[str, Any], anchors_B: Tensor, positives_B: Tensor) -> Tensor:
+    """Sample, anchor and positive id of each pair [B, 3], 0 where unknown."""
     samples_B = batch.get(SAMPLE_IDS)
     if samples_B is None:
         samples_B = torch.zeros_like(anchors_B)
-    elif rows is not None:
-        samples_B = samples_B[rows.to(samples_B.device)]
     return torch.stack([samples_B.to(anchors_B.device), anchors_B, positives_B.to(anchors_B.device)], dim=1)
+
+
+def negative_ids(negatives: Sequence[Side]) -> Tensor:
+    """Ids of hard negatives [N, 3]: known by their texts alone."""
+    ids_N = torch.cat([side.ids_B for side in negatives])
+    unknown_N = torch.zeros_like(ids_N)
+    return torch.stack([unknown_N, unknown_N, ids_N], dim=1)

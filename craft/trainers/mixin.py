@@ -22,20 +22,18 @@ from transformers import Trainer
 from craft.config import craft_settings
 from craft.data import CRAFTDatasetBundle
 from craft.distributed import sum_over_ranks, world_size
-from craft.hooks import hidden_size_of
-from craft.losses import InfoNCELoss, InfoNCEOutput
-from craft.negatives import hash_tokens
+from craft.losses import InfoNCEOutput
 from craft.pooling import pool_hidden_states
-from craft.spans import Spans, self_align_spans
+from craft.trainers.answers import Answers, marked_answers
 from craft.trainers.balance import Balance
 from craft.trainers.callback import BesideTheLoop
 from craft.trainers.encode import (
-    BATCH_TYPE,
     OWN_KEYS,
+    TEXT_KEYS,
     Encoder,
     HiddenStateRecorder,
-    Side,
     anchor_rows,
+    negative_ids,
     pair_ids,
     split_sides,
 )
@@ -47,13 +45,14 @@ from craft.trainers.plan import CRAFTPlan
 from craft.trainers.setup import (
     accumulation_of,
     bundle_of,
+    new_head,
     output_device,
     refuse_offloading,
     refuse_other_parallelism,
     warn_of_first_tokens,
 )
 from craft.trainers.state import load_checkpoint, refuse_other_kind, save_checkpoint
-from craft.trainers.window import CONTRASTIVE, SFT, Window
+from craft.trainers.window import CONTRASTIVE, SFT, Window, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +68,9 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     """
 
     _signature_columns: list[str] | None  # of Trainer
+    _craft_loaders_class: type[Loaders] = Loaders
+    _craft_scales_own_loss = False  # whether the trainer's own mean comes divided by the accumulation steps
+    craft_pairs_taken = 0  # batches of a stream beside the trainer's own, where there is one (CRAFTJointMixin)
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         if not self.craft_enabled:
             self._craft_plain_loader = craft_sft_loader, craft_loader_factory
             return
-        self._craft_loaders = Loaders(
+        self._craft_loaders = self._craft_loaders_class(
             self,
             collator=craft_collator,
             sft_loader=craft_sft_loader,
@@ -101,23 +103,14 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             refuse_other_parallelism(self)
             refuse_offloading(self)
             warn_of_first_tokens(self)
+            self._craft_scales_own_loss = bool(self.loss_is_scaled_for_ga)
             self.loss_is_scaled_for_ga = True  # the weights are those of the whole window
             self.add_callback(BesideTheLoop(self))
 
     def _craft_build(self) -> None:
         """The head, the objective, the balance of the losses and the sums for the log."""
         args, device = self.craft_args, output_device(self.model)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(getattr(self.args, "seed", 0))  # the same head on every rank, and no draw from the run's
-            self.craft_loss = InfoNCELoss(
-                temperature=args.craft_temperature,
-                pooling=args.craft_pooling,
-                hidden_size=hidden_size_of(self.model),
-                projection_dim=args.craft_projection_dim,
-                learnable_temperature=args.craft_learnable_temperature,
-                dropout=args.craft_projection_dropout,
-                symmetric=args.craft_symmetric,
-            ).to(device)
+        self.craft_loss = new_head(args, self.model, device, seed=getattr(self.args, "seed", 0))
         self._craft_objective = ContrastiveObjective(
             strategy=args.craft_negative_strategy,
             symmetric=args.craft_symmetric,
@@ -167,8 +160,8 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         """Count what an optimizer step holds: label tokens of its SFT part (returned), anchors of the other."""
         if not self.craft_enabled:
             return super()._get_num_items_in_batch(batch_samples, device)
-        sft = [batch for batch in batch_samples if _task_of(batch) == SFT]
-        pairs = sft if self._craft_self_aligned else [b for b in batch_samples if _task_of(b) == CONTRASTIVE]
+        sft = [batch for batch in batch_samples if task_of(batch) == SFT]
+        pairs = sft if self._craft_self_aligned else [b for b in batch_samples if task_of(b) == CONTRASTIVE]
         items = super()._get_num_items_in_batch(sft, device)
         anchors = sum(self._craft_anchors(batch) for batch in pairs)
         self._craft_balance.window = Window(
@@ -188,17 +181,13 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
 
     def _craft_anchors(self, batch: Mapping[str, Any]) -> int:
         if self._craft_self_aligned:
-            return int(self._craft_spans(batch).valid_B.sum())
+            return int(self._craft_answers(batch).valid_B.sum())
         return anchor_rows(batch, self.craft_args.craft_contrastive_keys)
 
-    def _craft_spans(self, batch: Mapping[str, Any]) -> Spans:
-        args = self.craft_args
-        return self_align_spans(
-            batch,
-            strategy=args.craft_assistant_mask_strategy,
-            mask_key=args.craft_assistant_mask_key,
-            label_key=args.craft_contrastive_keys["anchor_labels"],
-        )
+    def _craft_answers(self, inputs: Mapping[str, Any]) -> Answers:
+        """The prompts and answers of a batch of the trainer's own, for self_align."""
+        of_model = {name for name, value in self._craft_for_model(inputs).items() if isinstance(value, Tensor)}
+        return marked_answers(inputs, self.craft_args, prompts_tell=of_model <= {*TEXT_KEYS, "labels"})
 
     # The loss of a micro-batch
 
@@ -210,7 +199,7 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return super().compute_loss(model, self._craft_for_model(inputs), return_outputs, num_items_in_batch)
-        if _task_of(inputs) == CONTRASTIVE:
+        if task_of(inputs) == CONTRASTIVE:
             loss, outputs = self._craft_pair_loss(inputs), None
             loss = loss.to(getattr(self.args, "device", loss.device))  # a model over several GPUs ends on the last
         elif self._craft_self_aligned:
@@ -237,8 +226,9 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             found = super().compute_loss(model, self._craft_for_model(inputs), return_outputs, items)
         loss, outputs = found if return_outputs else (found, None)
         if items is None:  # a mean over the micro-batch
-            self._craft_journal.note_sft(loss.detach(), 1.0)
-            return self._craft_weighted(SFT, loss / batches), outputs
+            share = loss if self._craft_scales_own_loss else loss / batches
+            self._craft_journal.note_sft(share.detach() * batches, 1.0)
+            return self._craft_weighted(SFT, share), outputs
         # The base has divided by the label tokens of the whole step, and multiplied by the ranks that it averages over.
         ranks = world_size() if self.args.average_tokens_across_devices else 1
         self._craft_journal.note_sft(loss.detach() * (items / ranks), items / (batches * ranks))
@@ -259,17 +249,10 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         return sft + contrastive.detach().to(sft.device), outputs
 
     def _craft_self_align_loss(self, hidden_BTH: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        spans = self._craft_spans(inputs)
-        rows = spans.valid_B.nonzero()[:, 0]
-        masks = spans.anchor_BT[rows], spans.positive_BT[rows]
-        if len(rows) < len(hidden_BTH):  # all of them as a rule, which spares a copy and its gradient
-            hidden_BTH = hidden_BTH[rows.to(hidden_BTH.device)]
-        anchors_BD, positives_BD = (self._craft_embed(hidden_BTH, mask_BT) for mask_BT in masks)
-        own = {name: value for name, value in self._craft_for_model(inputs).items() if isinstance(value, Tensor)}
-        own.pop("labels", None)
-        prompts_B = Side(inputs=own, mask_BT=spans.anchor_BT).ids_B[rows]
-        answers_B = hash_tokens(inputs["input_ids"], spans.positive_BT)[rows]  # of equal answers none is a negative
-        return self._craft_contrast(anchors_BD, positives_BD, ids_B3=pair_ids(inputs, prompts_B, answers_B, rows=rows))
+        answers = self._craft_answers(inputs)
+        hidden_VTH = answers.hidden(hidden_BTH)
+        prompts_VD, answers_VD = (self._craft_embed(hidden_VTH, mask_VT) for mask_VT in answers.masks())
+        return self._craft_contrast(prompts_VD, answers_VD, ids_B3=answers.ids())
 
     def _craft_pair_loss(self, inputs: Mapping[str, Any]) -> Tensor:
         """The contrastive loss of a batch of pairs: one forward pass of the backbone a side, or GradCache's chunks."""
@@ -278,14 +261,8 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         ids_B3 = pair_ids(inputs, anchor.ids_B, positive.ids_B)
         if not negatives:
             return self._craft_contrast(*embedded, ids_B3=ids_B3)
-        ids_N = torch.cat([side.ids_B for side in negatives])
-        unknown_N = torch.zeros_like(ids_N)
-        return self._craft_contrast(
-            *embedded[:2],
-            ids_B3=ids_B3,
-            negatives_ND=torch.cat(embedded[2:]),
-            negative_ids_N3=torch.stack([unknown_N, unknown_N, ids_N], dim=1),
-        )
+        given = {"negatives_ND": torch.cat(embedded[2:]), "negative_ids_N3": negative_ids(negatives)}
+        return self._craft_contrast(*embedded[:2], ids_B3=ids_B3, **given)
 
     def _craft_contrast(self, anchors_BD: Tensor, positives_BD: Tensor, **known: Tensor) -> Tensor:
         """The contrastive loss of embedded pairs with its weight in the objective."""
@@ -295,8 +272,10 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         if losses_B.dim() == 0:  # a mean, as an overriding method may return
             losses_B = losses_B.expand(len(anchors_BD))
         window = self._craft_balance.window
-        anchors = len(anchors_BD) if window.anchors is None else window.anchors
-        share = losses_B.sum() * (world_size() / max(anchors, 1))
+        if window.anchors is None:  # not known before the step: each micro-batch of each rank counts alike
+            share = losses_B.sum() / max(len(anchors_BD) * window.contrastive_batches, 1)
+        else:
+            share = losses_B.sum() * (world_size() / max(window.anchors, 1))
         if self._craft_objective.connection is not None:
             share = share + self._craft_objective.connection
         temperature = None
@@ -359,7 +338,7 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
             return loss
         own_sync = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-        with own_sync, self._craft_balance.running(_task_of(inputs)):
+        with own_sync, self._craft_balance.running(task_of(inputs)):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._craft_objective.enqueue()
         if self.accelerator.sync_gradients:
@@ -368,6 +347,13 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             scale = 1.0 if scaler is None else scaler.get_scale()
             self._craft_balance.finish(parameters, self._craft_alphas, scale=scale)
         return loss
+
+    def _craft_forget(self) -> None:
+        """Drop what a step that was interrupted left behind."""
+        for parameter in self.craft_parameters():
+            parameter.grad = None
+        self._craft_balance.forget()
+        self._craft_objective.forget()
 
     def craft_parameters(self) -> list[nn.Parameter]:
         """What is trained besides the model: the head, a learnable temperature, uncertainty weights."""
@@ -412,7 +398,3 @@ class CRAFTTrainerMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             if self.craft_enabled:
                 load_checkpoint(Path(checkpoint), self)
         super()._load_optimizer_and_scheduler(checkpoint)
-
-
-def _task_of(batch: Mapping[str, Any]) -> str:
-    return SFT if batch.get(BATCH_TYPE, SFT) == SFT else CONTRASTIVE

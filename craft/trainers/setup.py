@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from craft.config import CRAFTConfigMixin
 from craft.data import CRAFTDatasetBundle, make_craft_datasets
-from craft.hooks import unwrap
+from craft.hooks import hidden_size_of, unwrap
+from craft.losses import InfoNCELoss
 
 
 def bundle_of(
@@ -78,6 +80,21 @@ def output_device(model: nn.Module) -> torch.device:
     head = own.get_output_embeddings() if isinstance(own, PreTrainedModel) else None
     parameter = next((head if head is not None else own).parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def new_head(args: CRAFTConfigMixin, model: nn.Module, device: torch.device, *, seed: int) -> InfoNCELoss:
+    """The projection head and its temperature: the same on every rank, and no draw from the run's random state."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return InfoNCELoss(
+            temperature=args.craft_temperature,
+            pooling=args.craft_pooling,
+            hidden_size=hidden_size_of(model),
+            projection_dim=args.craft_projection_dim,
+            learnable_temperature=args.craft_learnable_temperature,
+            dropout=args.craft_projection_dropout,
+            symmetric=args.craft_symmetric,
+        ).to(device)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ def save_checkpoint(directory: Path, trainer: Any, sums: Mapping[str, tuple[floa
         "strategy": trainer.craft_bundle.strategy,
         "learnable_temperature": trainer.craft_loss.learnable_temperature,
         "sums": sums,
+        "pairs_taken": trainer.craft_pairs_taken,
         "balance": trainer._craft_balance.state(),
     }
     metadata = {"craft": json.dumps(figures, allow_nan=False)}
@@ -53,6 +54,7 @@ def load_checkpoint(directory: Path, trainer: Any) -> None:
             f"{directory / HEAD_FILE} holds another projection head than this run's: {error}. Resume with the "
             "craft_projection_dim that the run began with."
         ) from error
+    trainer.craft_pairs_taken = figures.get("pairs_taken", 0)
     trainer._craft_journal.restore(figures["sums"], tensors.get(REFERENCE))
     held = {name.removeprefix(QUEUE): value for name, value in tensors.items() if name.startswith(QUEUE)}
     queue = trainer._craft_objective.queue

@@ -1,8 +1,12 @@
 """What the micro-batches of one optimizer step hold together, and what each of them therefore weighs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+from craft.mixing import BATCH_TYPE
 
 SFT, CONTRASTIVE = "sft", "contrastive"
 TASKS = (SFT, CONTRASTIVE)
@@ -20,3 +24,9 @@ class Window:
     def batches(self, task: str) -> int:
         """Micro-batches of a task on this rank."""
         return self.sft_batches if task == SFT else self.contrastive_batches
+
+
+def task_of(batch: Any) -> str:
+    """Whose loss a micro-batch is for; what no mixed loader has tagged is the trainer's own."""
+    tagged = isinstance(batch, Mapping) and batch.get(BATCH_TYPE, SFT) != SFT
+    return CONTRASTIVE if tagged else SFT

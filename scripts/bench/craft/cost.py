@@ -1,6 +1,6 @@
 """What CRAFT costs: each part of it against the same step without it, and GradCache against other libraries'.
 
-    python scripts/bench/craft/cost.py [--parts self_align queue pcgrad gradcache] [--markdown]
+    python scripts/bench/craft/cost.py [--parts self_align queue pcgrad methods gradcache] [--markdown]
         [--peer-python PYTHON] [--published-python PYTHON]
 
 Everything runs on one thread and in one interleaved run, after the checks that both sides of each ratio compute the
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from compared import Compared, Fact, Ratio
 from gradcache_steps import gradcache, published
+from method_steps import methods
 from pair_model import hand_over, new_encoder, new_head
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import interleave, machine, parser
 
-PARTS = {"self_align": self_align, "queue": queue, "pcgrad": pcgrad}
+PARTS = {"self_align": self_align, "queue": queue, "pcgrad": pcgrad, "methods": methods}
 
 Seconds = Mapping[str, list[float]]
 

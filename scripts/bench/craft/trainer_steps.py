@@ -99,12 +99,13 @@ class Step:
         trainer = self.trainer
         for parameter in (*trainer.model.parameters(), *self.own):
             parameter.grad = None
-        items = trainer._get_num_items_in_batch(self.window, trainer.args.device)
+        _, items = trainer.get_batch_samples(iter(self.window), len(self.window), trainer.args.device)
         trainer.current_gradient_accumulation_steps = len(self.window)
         loss = 0.0
         for number, batch in enumerate(self.window, start=1):
             trainer.accelerator.gradient_state._set_sync_gradients(number == len(self.window))
-            loss += float(trainer.training_step(trainer.model, dict(batch), items))
+            given = dict(batch) if isinstance(batch, dict) else batch  # rows to generate from are a list
+            loss += float(trainer.training_step(trainer.model, given, items))
         return loss
 
     def gradients(self) -> Gradients:

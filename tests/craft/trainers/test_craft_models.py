@@ -386,9 +386,9 @@ def test_a_base_of_ones_own_with_a_model_without_parameters(rows, model, hook):
     losses[0].backward()
     assert all(p.grad is not None for p in trainer.craft_parameters())
     for batch, loss in zip(batches, losses, strict=True):
-        spans = trainer._craft_spans(batch)
+        answers = trainer._craft_answers(batch)
         state = Parameterless()(**batch).last_hidden_state
-        anchors, positives = (trainer._craft_embed(state, mask) for mask in (spans.anchor_BT, spans.positive_BT))
+        anchors, positives = (trainer._craft_embed(state, mask) for mask in answers.masks())
         contrastive = F.cross_entropy(anchors @ positives.T / 0.05, torch.arange(len(anchors)))
         wanted = 0.6 * (state.mean() + 1) + 0.4 * contrastive
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)

@@ -95,8 +95,8 @@ def marked_tokens(trainer: Any) -> list[list[int]]:
     """The tokens that are taken for answers in an epoch, sorted."""
     found = []
     for batch in trainer.get_train_dataloader():
-        spans = trainer._craft_spans(batch)
-        found += [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], spans.positive_BT, strict=True)]
+        answers = trainer._craft_answers(batch)
+        found += [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], answers.answer_BT, strict=True)]
     return sorted(found)
 
 

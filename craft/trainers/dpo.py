@@ -1,0 +1,26 @@
+"""CRAFTDPOTrainer: TRL's DPOTrainer with the contrastive objective."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trl import DPOTrainer
+
+from craft.preferences import check_preferences, check_reference
+from craft.trainers.joint import Answers, CRAFTJointMixin, preferred_answers
+
+
+class CRAFTDPOTrainer(CRAFTJointMixin, DPOTrainer):
+    """Direct preference optimisation (Rafailov et al. 2023) with InfoNCE; args a CRAFTDPOConfig.
+
+    In self_align each prompt is contrasted with its chosen answer, in the forward pass that scores both answers.
+    Errors: ValueError for rows that are no preferences (check_preferences) and for a reference model with another
+    vocabulary.
+    """
+
+    def __init__(self, model: Any, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
+        check_preferences(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        check_reference(model, ref_model)
+        super().__init__(model, ref_model, *args, **kwargs)
+
+    def _craft_answers(self, inputs: Mapping[str, Any]) -> Answers:
+        return preferred_answers(inputs)

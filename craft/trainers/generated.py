@@ -1,0 +1,70 @@
+"""What GRPO and RLOO share: answers that are generated during training, and rewards that are checked."""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from craft.collate import SAMPLE_IDS
+from craft.rewards import checked_rewards, reward_name
+from craft.trainers.joint import Answers, CRAFTJointMixin, has_images
+
+
+class CRAFTGeneratedMixin(CRAFTJointMixin):
+    """CRAFTJointMixin for a trainer whose batches hold ``prompt_ids`` and ``completion_ids`` that it generated.
+
+    In self_align each prompt is contrasted with its completions; completions of one prompt are no negatives of each
+    other. Reward functions are checked: what raises, is not finite or not one number per completion is a ValueError
+    naming the function.
+    """
+
+    _craft_generates = True
+
+    def __init__(self, model: Any, reward_funcs: Any = None, *args: Any, **kwargs: Any) -> None:
+        listed = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        checked = [None if func is None else _checked(func) for func in listed]
+        super().__init__(model, checked if isinstance(reward_funcs, list | tuple) else checked[0], *args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        wanted = self.craft_enabled and self.craft_bundle.strategy == "self_align"
+        ids = [_sample_id(row) for row in inputs] if wanted else []
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if wanted and SAMPLE_IDS not in batch:
+            batch[SAMPLE_IDS] = torch.tensor(ids, device=batch["completion_ids"].device)
+        return batch
+
+    def _craft_answers(self, inputs: Mapping[str, Any]) -> Answers:
+        prompt_BT, answer_BT = inputs["prompt_mask"].bool(), inputs["completion_mask"].bool()
+        return Answers(
+            input_ids_BT=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            prompt_BT=torch.cat([prompt_BT, torch.zeros_like(answer_BT)], dim=1),
+            answer_BT=torch.cat([torch.zeros_like(prompt_BT), answer_BT], dim=1),
+            sample_ids_B=inputs.get(SAMPLE_IDS),
+            prompts_tell=not has_images(inputs),
+        )
+
+
+def _sample_id(row: Mapping[str, Any]) -> int:
+    """A number of 63 bits for what a row asks: its prompt and its images."""
+    digest = hashlib.blake2b(repr(row.get("prompt")).encode(), digest_size=8)
+    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+    for image in images:
+        digest.update(image.tobytes() if hasattr(image, "tobytes") else repr(image).encode())
+    return int.from_bytes(digest.digest(), "big") >> 1 or 1
+
+
+def _checked(func: Any) -> Any:
+    """A reward function whose results are checked; reward models and asynchronous functions as they are."""
+    if isinstance(func, str | nn.Module) or not callable(func) or inspect.iscoroutinefunction(func):
+        return func
+
+    @functools.wraps(func, updated=())
+    def checked(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return checked_rewards(func, prompts=prompts, completions=completions, **columns)
+
+    checked.__name__ = reward_name(func)  # what the log calls it
+    return checked

@@ -1,0 +1,35 @@
+"""CRAFTKTOTrainer: TRL's KTOTrainer with the contrastive objective."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trl import KTOTrainer
+
+from craft.collate import SAMPLE_IDS
+from craft.preferences import check_reference
+from craft.trainers.joint import Answers, CRAFTJointMixin, has_images
+
+
+class CRAFTKTOTrainer(CRAFTJointMixin, KTOTrainer):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) with InfoNCE; args a CRAFTKTOConfig.
+
+    In self_align each prompt is contrasted with its answer where the row is labelled as desirable.
+    Errors: ValueError for a reference model with another vocabulary.
+    """
+
+    def __init__(self, model: Any, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
+        check_reference(model, ref_model)
+        super().__init__(model, ref_model, *args, **kwargs)
+
+    def _craft_answers(self, inputs: Mapping[str, Any]) -> Answers:
+        rows = inputs["label"].bool().nonzero()[:, 0]
+        real_BT, answer_BT = (inputs[name][rows].bool() for name in ("attention_mask", "completion_mask"))
+        ids_B = inputs.get(SAMPLE_IDS)
+        return Answers(
+            input_ids_BT=inputs["input_ids"][rows],
+            prompt_BT=real_BT & (answer_BT.cumsum(1) == 0),
+            answer_BT=answer_BT & real_BT,
+            rows=rows,
+            sample_ids_B=None if ids_B is None else ids_B[rows],
+            prompts_tell=not has_images(inputs),
+        )
