@@ -31,7 +31,7 @@ class CRAFTGeneratedMixin(CRAFTJointMixin):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         wanted = self.craft_enabled and self.craft_bundle.strategy == "self_align"
-        ids = [_sample_id(row) for row in inputs] if wanted else []
+        ids = [sample_id(row) for row in inputs] if wanted else []
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if wanted and SAMPLE_IDS not in batch:
             batch[SAMPLE_IDS] = torch.tensor(ids, device=batch["completion_ids"].device)
@@ -48,7 +48,7 @@ class CRAFTGeneratedMixin(CRAFTJointMixin):
         )
 
 
-def _sample_id(row: Mapping[str, Any]) -> int:
+def sample_id(row: Mapping[str, Any]) -> int:
     """A number of 63 bits for what a row asks: its prompt and its images."""
     digest = hashlib.blake2b(repr(row.get("prompt")).encode(), digest_size=8)
     images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])

@@ -39,8 +39,19 @@ class CRAFTJointMixin(CRAFTTrainerMixin):
         self._craft_waiting: deque[Mapping[str, Any]] = deque()  # pairs of this step's micro-batches
         self._craft_stream: PairStream | None = None
         if self.craft_enabled:
+            self._refuse_balancing()
             assert isinstance(self._craft_loaders, JointLoaders)
             self._craft_stream = self._craft_loaders.stream()
+
+    def _refuse_balancing(self) -> None:
+        """ValueError where losses would be weighed by their size, which says nothing of a policy's."""
+        balancing = self.craft_args.craft_gradient_balancing
+        if self._craft_generates and balancing in ("gradnorm", "uncertainty"):
+            raise ValueError(
+                f"craft_gradient_balancing={balancing!r} weighs losses by their size, and the loss of "
+                f"{type(self).__name__} is a mean of advantages, around 0 and below it. Use 'pcgrad', or "
+                "craft_gradient_clip_per_task=True, which look at the gradients alone."
+            )
 
     @abstractmethod
     def _craft_answers(self, inputs: Mapping[str, Any]) -> Answers:

@@ -49,6 +49,7 @@ class Loaders:
         self._mixed: CRAFTMixedDataLoader | None = None
         self._given = (sft_loader, contrastive_loader)
         self._refuse_unread(contrastive_loader, "craft_contrastive_loader")
+        self._tell_unread()
         self._factory = factory
         self._collator = collator
         self._own_pad_token()
@@ -65,6 +66,23 @@ class Loaders:
             raise ValueError(
                 f"strategy='self_align' takes its pairs from the SFT rows and would not read {name}. Leave it out, or "
                 "pass the pairs: craft_bundle=make_craft_datasets(rows, contrastive_dataset=pairs)."
+            )
+
+    def _tell_unread(self) -> None:
+        """Warn of what a user set for pairs although there are none; presets set neither of these."""
+        unread = [
+            f"{name}={value!r}"
+            for name, value, default in (
+                ("craft_contrastive_batch_size", self.args.craft_contrastive_batch_size, (None,)),
+                ("craft_length_strategy", self.args.craft_length_strategy, ("oversample", "auto_beta")),
+            )
+            if value not in default
+        ]
+        if unread and self.bundle.strategy == "self_align":
+            warnings.warn(
+                f"{', '.join(unread)} is about pairs, and strategy='self_align' has none: each row is its own pair. "
+                "Leave it out, or pass contrastive_dataset.",
+                stacklevel=4,
             )
 
     def _own_pad_token(self) -> None:

@@ -1,14 +1,16 @@
 """CRAFTPPOTrainer: our PPOTrainer with the contrastive objective. TRL's own PPO was removed in 2026."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 
 from craft.collate import SAMPLE_IDS
 from craft.ppo.experience import Batch
+from craft.ppo.prompts import images_of
 from craft.ppo.trainer import PPOTrainer, Row
-from craft.trainers.generated import _sample_id
+from craft.trainers.generated import sample_id
 from craft.trainers.joint import Answers, CRAFTJointMixin, has_images
 
 __all__ = ["CRAFTPPOTrainer", "PPOTrainer"]
@@ -26,10 +28,13 @@ class CRAFTPPOTrainer(CRAFTJointMixin, PPOTrainer):
     def _roll_out(self, rows: Sequence[Row]) -> list[Batch]:
         batches = super()._roll_out(rows)
         if self.craft_enabled and self._craft_self_aligned:
-            ids_N = torch.tensor([_sample_id(dict(row)) for row in rows], device=self.args.device)
-            sizes = [len(batch["completion_mask"]) for batch in batches]
-            for batch, ids_B in zip(batches, ids_N.split(sizes), strict=True):
-                batch[SAMPLE_IDS] = ids_B
+            remaining = iter(rows)
+            for batch in batches:
+                part = islice(remaining, len(batch["input_ids"]))
+                # Images that only a collator of the caller's knows of tell equal prompts apart: unknown is 0.
+                hidden = has_images(batch)
+                ids = [0 if hidden and not images_of(row) else sample_id(dict(row)) for row in part]
+                batch[SAMPLE_IDS] = torch.tensor(ids, device=self.args.device)
         return batches
 
     def _craft_answers(self, inputs: Mapping[str, Any]) -> Answers:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import llama
 from peft import LoraConfig, get_peft_model
+from tiny_policies import llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from craft.ppo.policy import Reference, ValueHead, disable_dropout, score_tokens

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from conftest import tiny_llama
 from datasets import Dataset
 from joint_trainers import make_joint, method_rows, preference_rows
+from tiny_runs import tiny_llama
 from transformers import AutoTokenizer
 from two_processes import everyones, identical_everywhere
 
@@ -59,7 +59,7 @@ def main(out: Path) -> None:
         "dpo self_align": run(out, "a", "dpo", "self_align", craft_learnable_temperature=True),
         "dpo pairs": run(out, "b", "dpo", "paired_dataset", craft_gradient_balancing="pcgrad"),
         "grpo self_align": run(out, "c", "grpo", "self_align", rows=method_rows("grpo")),
-        "grpo pairs": run(out, "d", "grpo", "paired_dataset", craft_gradient_balancing="uncertainty"),
+        "grpo pairs": run(out, "d", "grpo", "paired_dataset", craft_gradient_clip_per_task=True),
         "orpo self_align": run(out, "e", "orpo", "self_align"),
         "resumed": everyones(resumed(out)),
         "moved": gradients_of_both(out),

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import trl
-from conftest import pair_rows, tiny_llama
 from datasets import Dataset
+from tiny_runs import pair_rows, tiny_llama
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 from trl.experimental.orpo import ORPOTrainer
 

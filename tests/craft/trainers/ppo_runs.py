@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import tiny_llama
 from datasets import Dataset
+from tiny_runs import tiny_llama
 
 from craft.ppo.config import PPOConfig
 from craft.trainers.ppo import PPOTrainer

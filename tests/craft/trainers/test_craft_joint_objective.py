@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Spy, tiny_llama
 from joint_trainers import NAMES, PLAIN, make_joint, tiny_reward_model
 from test_craft_objective import head, last_state, pooled, relative_error
+from tiny_runs import Spy, tiny_llama
 
 CASES = [(method, strategy) for method in NAMES for strategy in ("self_align", "paired_dataset")]
 CASES.remove(("reward", "self_align"))

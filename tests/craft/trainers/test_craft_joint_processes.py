@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from joint_trainers import make_joint, preference_rows
+from tiny_runs import tiny_llama
 
 SCRIPT = Path(__file__).with_name("joint_processes.py")
 RUNS = ["dpo self_align", "dpo pairs", "grpo self_align", "grpo pairs", "orpo self_align"]

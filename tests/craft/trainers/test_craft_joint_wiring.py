@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import pair_rows, tiny_llama
 from datasets import Dataset
 from joint_trainers import SETTINGS, make_joint, method_rows, preference_rows, vowels
+from tiny_runs import pair_rows, tiny_llama
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,10 +134,10 @@ def test_completions_of_one_prompt_are_no_negatives_of_each_other(method, tmp_pa
 def test_equal_prompts_about_different_images_are_told_apart():
     from PIL import Image
 
-    from craft.trainers.generated import _sample_id
+    from craft.trainers.generated import sample_id
 
     red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
-    ids = [_sample_id({"prompt": "What is it?", "image": image}) for image in (red, blue, red.copy())]
+    ids = [sample_id({"prompt": "What is it?", "image": image}) for image in (red, blue, red.copy())]
     assert ids[0] == ids[2] != ids[1]
     assert all(0 < number < 2**63 for number in ids)
 
@@ -232,6 +232,19 @@ def test_a_reference_model_of_another_vocabulary_is_refused(method, tmp_path, to
     config = LlamaConfig(**{**tiny_llama().config.to_dict(), "vocab_size": 300})
     with pytest.raises(ValueError, match="ref_model has a vocabulary of 300 tokens and the model one of 260"):
         make_joint(method, tmp_path, tokenizer, trainer={"ref_model": LlamaForCausalLM(config)})
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("balancing", ["gradnorm", "uncertainty"])
+def test_a_loss_around_0_is_not_weighed_by_its_size(method, balancing, tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=f"craft_gradient_balancing='{balancing}' weighs losses by their size.*pcgrad"):
+        make_joint(method, tmp_path, tokenizer, craft_gradient_balancing=balancing)
+
+
+@pytest.mark.parametrize(("name", "value"), [("craft_contrastive_batch_size", 3), ("craft_length_strategy", "cap")])
+def test_self_align_tells_what_it_does_not_read(name, value, tmp_path, tokenizer):
+    with pytest.warns(UserWarning, match=f"{name}={value!r} is about pairs, and strategy='self_align' has none"):
+        make_joint("dpo", tmp_path, tokenizer, **{name: value})
 
 
 def test_a_reward_model_has_pairs_or_no_contrast(tmp_path, tokenizer):

@@ -116,7 +116,10 @@ def test_a_rollout_s_advantages_and_the_loss_equal_a_float64_reference(tmp_path,
     assert any(batch["old_values"].any() for batch in batches)
     for batch in batches:
         mask, width = batch["completion_mask"], batch["completion_mask"].shape[1]
-        now = score_tokens(trainer.model, model_inputs(batch), width, temperature=1.0, value_head=trainer.value_head)
+        with torch.no_grad():
+            now = score_tokens(
+                trainer.model, model_inputs(batch), width, temperature=1.0, value_head=trainer.value_head
+            )
         found.append(float(trainer.compute_loss(trainer.model, batch).detach()))
         for b, t in mask.nonzero().tolist():
             advantage = next(white)
@@ -153,11 +156,13 @@ def test_a_rollout_is_used_for_its_ppo_epochs_and_then_made_anew(tmp_path, token
         seen.append((list(prompts), columns["number"]))
         return letters(completion_ids)
 
-    trainer = make_ppo(tmp_path, tokenizer, reward_funcs=watched, num_ppo_epochs=3, max_steps=6)
+    trainer = make_ppo(tmp_path, tokenizer, reward_funcs=watched, num_ppo_epochs=3, max_steps=12)
     trainer.train()
-    assert len(seen) == 2
-    assert sorted(number for _, numbers in seen for number in numbers) == list(range(16))  # one pass in 6 steps
-    assert trainer.state.epoch == 1.0
+    assert len(seen) == 4
+    order = [number for _, numbers in seen for number in numbers]
+    assert sorted(order[:16]) == sorted(order[16:]) == list(range(16))  # one pass in 6 steps
+    assert order[:16] != order[16:]
+    assert trainer.state.epoch == 2.0
     assert all(
         prompt.endswith(f" {n}") for prompts, numbers in seen for prompt, n in zip(prompts, numbers, strict=True)
     )
@@ -181,6 +186,16 @@ def test_a_resumed_run_goes_on_where_it_stopped(steps, tmp_path, tokenizer):
     if steps == 5:  # the rows of the rollout that was cut short, completed by the policy as it was then
         assert len(seen) == 2
         assert not set(seen[0]) & set(seen[1])
+
+
+def test_a_trainer_that_trains_again_begins_with_a_new_rollout(tmp_path, tokenizer):
+    config = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    used = make_ppo(tmp_path, tokenizer, **config)
+    used.train()
+    fresh = make_ppo(tmp_path, tokenizer, **config)
+    for trainer in (used, fresh):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # within a rollout
+    assert same(weights(used), weights(fresh))
 
 
 def test_the_value_head_is_trained_saved_and_kept_out_of_the_adapter(tmp_path, tokenizer):
@@ -405,3 +420,26 @@ def test_unused_columns_are_kept_unless_they_are_to_go(tmp_path, tokenizer):
         return letters(completion_ids)
 
     make_ppo(tmp_path, tokenizer, reward_funcs=judge, remove_unused_columns=True, max_steps=1).train()
+
+
+def test_bf16_autocast_trains_with_float32_figures(tmp_path, tokenizer):
+    trainer = make_ppo(tmp_path, tokenizer, bf16=True, trainer={"peft_config": lora()}, gradient_checkpointing=True)
+    trainer.train()
+    assert trainer.value_head.weight.dtype == torch.float32
+    batch = trainer._rollout[0]
+    assert {batch[name].dtype for name in ("old_logprobs", "old_values", "advantages", "returns")} == {torch.float32}
+    # Old and new figures come from the same kind of pass: the first step's ratios are 1.
+    first = training_logs(trainer)[0]
+    assert first["clip_fraction"] == first["value_clip_fraction"] == 0.0
+    assert math.isfinite(training_logs(trainer)[-1]["loss"])
+
+
+def test_a_scheduler_that_knows_nothing_of_the_value_head_is_refused(tmp_path, tokenizer, make_model):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match=r"optimizers=\(optimizer, None\)"):
+        make_ppo(tmp_path, tokenizer, model=model, trainer={"optimizers": (optimizer, scheduler)}).train()
+    trainer = make_ppo(tmp_path, tokenizer, model=model, trainer={"optimizers": (optimizer, None)})
+    trainer.train()
+    assert trainer.value_head.weight.any()

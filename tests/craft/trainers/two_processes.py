@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from conftest import Spy, pair_rows, prompt_rows, tiny_llama
 from test_craft_objective import head, last_state, pooled, relative_error, token_losses
+from tiny_runs import Spy, pair_rows, prompt_rows, tiny_llama
 from transformers import AutoTokenizer
 
 from craft.config import CRAFTSFTConfig
