@@ -1,5 +1,7 @@
 """Reward functions in TRL's convention: called with keywords, their answer checked before anything learns from it."""
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
@@ -17,6 +19,13 @@ def reward_name(func: Any) -> str:
         return str(path).rstrip("/").rpartition("/")[-1]
     func = getattr(func, "func", func)  # of a functools.partial
     return str(getattr(func, "__name__", type(func).__name__))
+
+
+def is_async(func: Any) -> bool:
+    """Whether a reward function, or an object that is called as one, gives a coroutine."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
 
 
 def checked_rewards(

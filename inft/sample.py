@@ -41,6 +41,7 @@ class Sample:
     prompt: Prompt
     answer: str
     language: str  # code, such as "si"
+    rejected: str | None = None  # the worse answer of a preference row, whose better one is `answer`
     # title, where, source, picture (equal for equal pictures): to name it in messages, to split by, to tell rows apart
     meta: Mapping[str, Any] = field(default_factory=dict)
 

@@ -5,6 +5,8 @@ from params.craft import CraftParams
 from params.errors import UserError
 from params.lora import LoRAParams, QLoRAParams
 from params.munichus import MUNIChusLoadConfig
+from params.preference import PreferenceParams
+from params.rl import RLParams
 from params.sft import SFTParams
 from params.train import TrainParams
 
@@ -13,7 +15,9 @@ __all__ = [
     "CraftParams",
     "LoRAParams",
     "MUNIChusLoadConfig",
+    "PreferenceParams",
     "QLoRAParams",
+    "RLParams",
     "SFTParams",
     "TrainParams",
     "UserError",

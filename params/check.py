@@ -12,6 +12,8 @@ from params.bounds import Bounds
 from params.craft import CraftParams
 from params.lora import LoRAParams, QLoRAParams
 from params.munichus import MUNIChusLoadConfig
+from params.preference import PreferenceParams
+from params.rl import RLParams
 from params.sft import SFTParams
 from params.train import TrainParams
 from params.yamlfile import Given
@@ -22,6 +24,8 @@ SECTIONS: Mapping[str, type] = {
     "qlora": QLoRAParams,
     "lora": LoRAParams,
     "sft": SFTParams,
+    "preference": PreferenceParams,
+    "rl": RLParams,
     "craft": CraftParams,
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from params.check import SECTIONS
 from params.craft import CRAFT_PRESETS, LEARNABLE_TEMPERATURE, CraftParams
+from params.methods import method_problems
 from params.munichus import MUNIChusLoadConfig
 from params.train import TrainParams
 
@@ -49,6 +50,7 @@ def contradictions(params: TrainParams) -> list[str]:
         *_model(params),
         *_craft(params),
         *_best_metric(params),
+        *method_problems(params),
         *_unread(params),
     ]
 
@@ -190,12 +192,14 @@ def _named(fields: list[str]) -> str:
 
 def _best_metric(params: TrainParams) -> list[str]:
     sft, problems = params.sft, []
-    if sft.best_metric != "loss" and not sft.eval_captions:
+    if sft.best_metric in ("loss", "reward"):
+        return []
+    if not sft.eval_captions:
         problems.append(
             f"sft.best_metric={sft.best_metric} is a figure of generated captions, and none are generated: add "
             "--eval-captions N, such as 64, or leave --best-metric out."
         )
-    if sft.best_metric != "loss" and not sft.load_best_model_at_end and not sft.early_stopping_patience:
+    if not sft.load_best_model_at_end and not sft.early_stopping_patience:
         problems.append(
             f"sft.best_metric={sft.best_metric} has no effect: with sft.load_best_model_at_end=false and "
             "sft.early_stopping_patience=0 nothing is chosen by it. Set one of these, or leave --best-metric out."

@@ -18,7 +18,7 @@ from params.layers import Layer, directories, merged, sections_of, set_layers, u
 from params.lora import QLoRAParams
 from params.munichus import LANGUAGE_NAMES, MUNIChusLoadConfig
 from params.presets import MODEL_FIELDS, MODEL_NAMES, SAMPLE_CONTEXT, preset
-from params.train import ModelName
+from params.train import Method, ModelName
 from params.yamlfile import Given
 
 BEST = "best"  # where a run stores its adapter: the name of the run is then that of the directory above
@@ -53,6 +53,7 @@ class EvalParams:
     model_name: str  # hub id or local path; "" means the embedded model
     processor_name: str  # the adapter's own directory is tried first
     trained: MUNIChusLoadConfig | None = None  # what the adapter's run read: its held-out rows are told by it
+    method: Method = "sft"  # of that run: what a row of its data is
     limit: Count | None = None  # rows at most, spread evenly over the languages
     batch_size: Count = 8  # rows captioned at the same time
     shots: CountOrZero = 0  # examples of the train split before each row
@@ -116,6 +117,7 @@ def resolve_eval(
         model_name=names[0],
         processor_name=names[1],
         trained=_trained_data(trained),
+        method=(trained or {}).get("method", "sft"),
         **sections,
         **{name: value for name, value in own.items() if value is not None},
     )

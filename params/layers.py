@@ -24,7 +24,7 @@ def set_layers(overrides: Sequence[str], problems: list[str], *, identity: Seque
             problems.append(f"--set {text}: expected section.field=value, such as sft.lr=2e-4.")
         elif key in identity:
             problems.append(
-                f"--set {key}: say it on the command line instead (inft train MODEL --training-mode --demo)."
+                f"--set {key}: say it on the command line instead (inft train MODEL --training-mode --method --demo)."
             )
         elif is_mapping(key):
             mappings.append({key: Given(value, "--set", is_text=True)})

@@ -6,7 +6,7 @@ from typing import Literal
 
 from params.bounds import Count, CountOrZero, PartialShare, Share
 
-Column = Literal["image", "title", "content", "caption", "language"]
+Column = Literal["image", "title", "content", "caption", "language", "prompt", "chosen", "rejected"]
 
 LANGUAGE_NAMES: Mapping[str, str] = {
     "ar": "Arabic",

@@ -1,7 +1,7 @@
 """From a command line to checked parameters, and from checked parameters to a file and back.
 
-Later layers win: defaults, the preset of (model, mode), the chosen CRAFT preset, the YAML file, ``--set``, the other
-flags. Everything that is wrong in any of them is reported at once.
+Later layers win: defaults, the preset of (model, mode, method), the chosen CRAFT preset, the YAML file, ``--set``, the
+other flags. Everything that is wrong in any of them is reported at once.
 """
 
 import difflib
@@ -15,9 +15,9 @@ from params.check import checked
 from params.contradictions import contradictions
 from params.craft import CRAFT_PRESETS, CraftParams
 from params.layers import Layer, directories, merged, sections_of, set_layers, user_error
-from params.presets import MODEL_FIELDS, MODEL_NAMES, OUTPUT_FIELDS, TRAINING_MODES, preset
+from params.presets import METHODS, MODEL_FIELDS, MODEL_NAMES, OUTPUT_FIELDS, TRAINING_MODES, preset
 from params.sft import SFTParams
-from params.train import ModelName, TrainingMode, TrainParams
+from params.train import Method, ModelName, TrainingMode, TrainParams
 from params.yamlfile import Given, read_yaml, write_yaml
 
 # What each flag of `inft train` sets. model_name and output_dir stand for the fields of the run's family and mode.
@@ -34,6 +34,7 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "max_steps": ("sft.max_steps",),
     "eval_captions": ("sft.eval_captions",),
     "best_metric": ("sft.best_metric",),
+    "rewards": ("rl.rewards",),
     "quantize": ("qlora.load_in_4bit",),
     "seed": ("basic.seed", "data.seed"),
     "craft": ("craft.enabled",),
@@ -47,12 +48,18 @@ class Identity(NamedTuple):
 
     model: ModelName
     training_mode: TrainingMode
+    method: Method
     demo: bool
 
     @property
     def task(self) -> str:
-        """The tag of the run's log: "aya_basic", "aya_basic_demo"."""
-        return f"{self.model}_{self.training_mode}{'_demo' if self.demo else ''}"
+        """The tag of the run's log: "aya_basic", "aya_basic_dpo_demo"."""
+        return f"{self.model}_{self.training_mode}{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        """What tells the run's log and directory from those of a fine-tuning run: "", "_dpo", "_dpo_demo"."""
+        return f"{'' if self.method == 'sft' else f'_{self.method}'}{'_demo' if self.demo else ''}"
 
     def own_names(self) -> dict[str, str]:
         """The section fields that TrainParams' own fields stand for in this run."""
@@ -70,6 +77,7 @@ def resolve_train(
     model: str,
     *,
     training_mode: str | None = None,
+    method: str | None = None,
     demo: bool | None = None,
     config_file: Path | None = None,
     overrides: Sequence[str] = (),
@@ -77,15 +85,16 @@ def resolve_train(
 ) -> TrainParams:
     """Return the parameters of one ``inft train`` run; raises one UserError that lists everything wrong.
 
-    None for `training_mode` and `demo` leaves them to the file, and without one to basic and False. `overrides` are
-    the texts of ``--set``, such as "sft.lr=2e-4". `flags` are keyed as in FLAGS or by dotted names; None is not given.
+    None for `training_mode`, `method` and `demo` leaves them to the file, and without one to basic, sft and False.
+    `overrides` are the texts of ``--set``, such as "sft.lr=2e-4". `flags` are keyed as in FLAGS or by dotted names;
+    None is not given.
     """
     file, problems = read_yaml(config_file) if config_file else ({}, [])
     set_by = set_layers(overrides, problems, identity=Identity._fields)
     told_layers = [file, *set_by, _flag_layer(flags or {}, problems)]
     told_layers[-1] |= _craft_switched_off(told_layers[1:], problems)
     layers = [directories(layer, problems) for layer in told_layers]
-    told = {"model": model, "training_mode": training_mode, "demo": demo}
+    told = {"model": model, "training_mode": training_mode, "method": method, "demo": demo}
     identity = _identity(told, file, problems)
     if identity is not None:
         layers = [_own(layer, identity, problems) for layer in layers]
@@ -117,15 +126,15 @@ def load_params(path: Path) -> TrainParams:
 
 
 def _identity(told: Mapping[str, Any], file: Layer, problems: list[str]) -> Identity | None:
-    """Model, mode and demo as told on the command line or, where that is silent, in the file; None when wrong."""
+    """What is told on the command line or, where that is silent, in the file; None when it is wrong."""
     before = len(problems)
-    found: dict[str, Any] = {"training_mode": "basic", "demo": False}
+    found: dict[str, Any] = {"training_mode": "basic", "method": "sft", "demo": False}
     stated = checked({key: file[key] for key in Identity._fields if key in file}, [])
     for key, value in told.items():
         found[key] = value if value is not None else stated.get(key, found.get(key))
         if value is not None and stated.get(key, value) != value:
             problems.append(f"{file[key].origin}: {key} is {stated[key]}, but the command line says {value}.")
-    for key, known in {"model": MODEL_NAMES, "training_mode": TRAINING_MODES}.items():
+    for key, known in {"model": MODEL_NAMES, "training_mode": TRAINING_MODES, "method": METHODS}.items():
         if found[key] not in known:
             near = difflib.get_close_matches(str(found[key]), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
@@ -201,15 +210,15 @@ def _craft_switched_off(command_line: Sequence[Layer], problems: list[str]) -> L
 
 
 def _base_layer(identity: Identity, source: Any, outputs: Any) -> Layer:
-    """The preset, and the directories that SFTParams names under basic.output_dir (with _demo for a demo)."""
+    """The preset, and the directories that SFTParams names under basic.output_dir, with the run's suffix."""
     names = identity.own_names()
     default_output, default_best = (
         Path(getattr(SFTParams(), names[key].removeprefix("sft."))) for key in ("output_dir", "best_model_dir")
     )
     beneath = default_output.relative_to(BasicParams().output_dir)
-    output = Path(str(outputs or BasicParams().output_dir)) / f"{beneath}{'_demo' if identity.demo else ''}"
+    output = Path(str(outputs or BasicParams().output_dir)) / f"{beneath}{identity.suffix}"
     best = output / default_best.relative_to(default_output)
-    sections = preset(identity.model, identity.training_mode, demo=identity.demo, source=source)
+    sections = preset(identity.model, identity.training_mode, method=identity.method, demo=identity.demo, source=source)
     values = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
     values |= {names["output_dir"]: str(output), names["best_model_dir"]: str(best)}
     return {key: Given(value, "preset") for key, value in values.items()}

@@ -6,7 +6,8 @@ from typing import Literal
 from params.bounds import Count, CountOrZero, NonNegative, Positive, Share
 
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
-BestMetric = Literal["loss", "chrf", "bleu4", "cider", "exact"]  # of held-out rows; all but the loss need eval_captions
+# Of held-out rows. The figures of captions need eval_captions; the reward is that of grpo and ppo.
+BestMetric = Literal["loss", "chrf", "bleu4", "cider", "exact", "reward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class SFTParams:
     eval_steps: Count = 500  # optimizer steps between evaluations on the held-out split
     eval_captions: CountOrZero = 0  # held-out rows captioned at each evaluation, spread over the languages; 0: none
     save_total_limit: Count = 2  # checkpoints kept
-    best_metric: BestMetric = "loss"  # loss, chrf, bleu4, cider or exact: chooses the best adapter, stops early
+    best_metric: BestMetric = "loss"  # chooses the best adapter, stops early; reward: with grpo and ppo, their default
     load_best_model_at_end: bool = True  # the best directory holds the best by best_metric; False: the last step
     early_stopping_patience: CountOrZero = 3  # evaluations without improvement before stopping; 0 turns it off
     early_stopping_threshold: NonNegative = 0.01  # smallest gain that counts as one: nats of the loss, points of others

@@ -19,6 +19,7 @@ LIGHT_AT_IMPORT = (
     "inft.training.curves",
     "inft.models.__init__",
     "inft.models.spec",
+    "inft.rewards.",
     "inft.sample",
 )
 
@@ -36,11 +37,20 @@ ROOMS = {
         "inft.training",
         "inft.evaluation.generate",
         "inft.evaluation.metrics",
+        "inft.rewards",
         "inft.models",
         "inft.data",
         "inft.sample",
     },
-    "inft.evaluation": {"inft.evaluation", "inft.training", "inft.models", "inft.data", "inft.sample"},
+    "inft.rewards": {"inft.rewards", "inft.evaluation.metrics", "inft.sample"},
+    "inft.evaluation": {
+        "inft.evaluation",
+        "inft.training",
+        "inft.rewards",
+        "inft.models",
+        "inft.data",
+        "inft.sample",
+    },
     # What training itself needs at an evaluation: these import nothing of training.
     "inft.evaluation.generate": {"inft.models", "inft.sample"},
     "inft.evaluation.metrics": {"inft.evaluation.metrics"},

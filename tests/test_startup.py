@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -41,13 +40,19 @@ def test_help_answers_at_once_and_imports_nothing_heavy(args):
     assert json.loads(found.stderr.splitlines()[-1]) == []
 
 
+def processor_seconds() -> float:
+    """What the processes that this one has waited for have used."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.mark.parametrize("args", HELP, ids=" ".join)
 def test_help_takes_less_than_four_tenths_of_a_second(args):
     seconds = []
-    for _ in range(5):  # the least of five: a busy machine only ever adds to it
-        began = time.perf_counter()
+    for _ in range(5):  # the least of five, in seconds of a processor: a busy machine only ever adds to it
+        began = processor_seconds()
         assert python("-m", "inft", *args).returncode == 0
-        seconds.append(time.perf_counter() - began)
+        seconds.append(processor_seconds() - began)
         if seconds[-1] < SECONDS:
             return
     assert min(seconds) < SECONDS, seconds

@@ -1,6 +1,5 @@
 """What completions are worth: reward functions and reward models, weighed and summed."""
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from craft.rewards import checked_rewards, reward_name
+from craft.rewards import checked_rewards, is_async, reward_name
 
-GIVEN = ("prompt", "completion", "completion_ids")  # columns that reward functions get under names of their own
+# Columns whose names reward functions get for something else.
+GIVEN = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state")
 
 
 class Rewards:
@@ -58,7 +58,7 @@ class Rewards:
         if not isinstance(func, nn.Module):
             if not callable(func):
                 raise TypeError(f"reward function {number} is a {type(func).__name__}, which cannot be called.")
-            if inspect.iscoroutinefunction(func):
+            if is_async(func):
                 raise TypeError(f"reward function {reward_name(func)!r} is async: give one that returns its rewards.")
             return
         if self.tokenizers[number] is None:

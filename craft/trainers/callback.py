@@ -15,6 +15,11 @@ class BesideTheLoop(TrainerCallback):
         """Forget what a step that was interrupted left behind."""
         self.trainer._craft_forget()
 
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Let go of the workers that read pairs beside the loop."""
+        if (stream := getattr(self.trainer, "_craft_stream", None)) is not None:
+            stream.close()
+
     def on_epoch_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         """Tell a mixed loader its epoch, which a resumed run begins in the middle of."""
         self.trainer._craft_loaders.begin_epoch(state.global_step)

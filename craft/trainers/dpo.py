@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import DPOTrainer
 
-from craft.preferences import check_preferences, check_reference
+from craft.preferences import check_preferences, check_reference, given_datasets
 from craft.trainers.joint import Answers, CRAFTJointMixin, preferred_answers
 
 
@@ -18,9 +18,10 @@ class CRAFTDPOTrainer(CRAFTJointMixin, DPOTrainer):
     """
 
     def __init__(self, model: Any, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
-        check_preferences(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        check_preferences(*given_datasets(DPOTrainer, (model, ref_model, *args), kwargs))
         check_reference(model, ref_model)
         super().__init__(model, ref_model, *args, **kwargs)
+        check_reference(self.model, ref_model)  # of a model that was a path
 
     def _craft_answers(self, inputs: Mapping[str, Any]) -> Answers:
         return preferred_answers(inputs)

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import nn
 
 from craft.collate import SAMPLE_IDS
-from craft.rewards import checked_rewards, reward_name
+from craft.preferences import check_prompts, given_datasets
+from craft.rewards import checked_rewards, is_async, reward_name
 from craft.trainers.joint import Answers, CRAFTJointMixin, has_images
 
 
@@ -27,7 +27,32 @@ class CRAFTGeneratedMixin(CRAFTJointMixin):
     def __init__(self, model: Any, reward_funcs: Any = None, *args: Any, **kwargs: Any) -> None:
         listed = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         checked = [None if func is None else _checked(func) for func in listed]
+        check_prompts(*given_datasets(self._craft_base(), (model, reward_funcs, *args), kwargs))
         super().__init__(model, checked if isinstance(reward_funcs, list | tuple) else checked[0], *args, **kwargs)
+        if self.craft_enabled and self.craft_bundle.strategy == "self_align":
+            self._refuse_nothing_to_contrast()
+
+    @classmethod
+    def _craft_base(cls) -> type:
+        """TRL's trainer that this one extends."""
+        return next(base for base in cls.__mro__ if base.__module__.startswith("trl."))
+
+    def _refuse_nothing_to_contrast(self) -> None:
+        """ValueError where self_align could not work, which the run itself would only show in its log."""
+        name, args = type(self).__name__, self.craft_args
+        if not args.craft_use_hidden_state_hook:
+            raise ValueError(
+                f"craft_use_hidden_state_hook=False asks the model for hidden states, and {name} has no way to ask. "
+                "Leave it at True, or pass pairs: contrastive_dataset=…"
+            )
+        rows, group = self.args.generation_batch_size, self.num_generations
+        if rows <= group and args.craft_negative_strategy != "queue":
+            raise ValueError(
+                f"self_align has nothing to contrast: the {rows} completions of a generation batch are all of one "
+                f"prompt (num_generations={group}), and those are no negatives of each other. Raise "
+                "per_device_train_batch_size or gradient_accumulation_steps, lower num_generations, use "
+                "craft_negative_strategy='queue', or pass pairs: contrastive_dataset=…"
+            )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         wanted = self.craft_enabled and self.craft_bundle.strategy == "self_align"
@@ -59,7 +84,7 @@ def sample_id(row: Mapping[str, Any]) -> int:
 
 def _checked(func: Any) -> Any:
     """A reward function whose results are checked; reward models and asynchronous functions as they are."""
-    if isinstance(func, str | nn.Module) or not callable(func) or inspect.iscoroutinefunction(func):
+    if isinstance(func, str | nn.Module) or not callable(func) or is_async(func):
         return func
 
     @functools.wraps(func, updated=())

@@ -70,6 +70,8 @@ class CRAFTJointMixin(CRAFTTrainerMixin):
     def _craft_forget(self) -> None:
         super()._craft_forget()
         self._craft_waiting.clear()
+        if self._craft_stream is not None and self.state.global_step == 0:  # a run from its beginning
+            self._craft_stream.position = 0
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the anchors of an optimizer step, and fetch its pairs."""

@@ -20,6 +20,7 @@ from craft.pairs import has_pairs, tokenize_pairs
 from craft.sampler import TaskBatchSampler, mixed_seed
 from craft.spans import NEEDS_SPANS, assistant_mask_of
 from craft.trainers.columns import KeepingCollator, own_columns
+from craft.trainers.placing import placed
 from craft.trainers.plan import CRAFTPlan
 from craft.trainers.window import CONTRASTIVE, SFT
 
@@ -167,12 +168,7 @@ class Loaders:
 
     def build(self, own: Callable[[], DataLoader]) -> Any:
         """The train loader; ``own`` makes the one that the trainer would have without CRAFT."""
-        rows = getattr(self.trainer, "train_dataset", None)
-        if isinstance(rows, Sized) and not len(rows):
-            raise ValueError(
-                "no SFT row is left to train on: every one was empty, or lost its labels when it was cut. Raise "
-                "max_length, or look at the labels."
-            )
+        self._refuse_no_rows()
         sft_loader, contrastive_loader = self._given_loaders()
         if self.bundle.strategy == "self_align":
             loader = own() if sft_loader is None else self._placed(sft_loader)
@@ -191,6 +187,14 @@ class Loaders:
         self._mixed = mixed
         self.__dict__.pop("_figures", None)  # what was known of the loaders before they were there
         return mixed
+
+    def _refuse_no_rows(self) -> None:
+        rows = getattr(self.trainer, "train_dataset", None)
+        if isinstance(rows, Sized) and not len(rows):
+            raise ValueError(
+                "no SFT row is left to train on: every one was empty, or lost its labels when it was cut. Raise "
+                "max_length, or look at the labels."
+            )
 
     def begin_epoch(self, global_step: int) -> None:
         """Tell a mixed loader which epoch comes; one without a known length counts for itself."""
@@ -263,16 +267,7 @@ class Loaders:
         )
 
     def _placed(self, loader: Any) -> Any:
-        """A torch DataLoader divided among ranks and put on the device, as accelerate does; any other as it is."""
-        accelerator = getattr(self.trainer, "accelerator", None)
-        if isinstance(loader, DataLoader) and accelerator is not None:
-            return accelerator.prepare(loader)
-        if world_size() > 1:
-            raise ValueError(
-                f"a loader of type {type(loader).__name__} cannot be divided among the {world_size()} processes: each "
-                "would read all of its rows. Pass a torch DataLoader, or one made by accelerator.prepare."
-            )
-        return loader
+        return placed(loader, getattr(self.trainer, "accelerator", None))
 
     def _workers(self) -> dict[str, Any]:
         args = self.trainer.args

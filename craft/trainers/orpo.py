@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from craft.collate import SAMPLE_IDS
-from craft.preferences import check_preferences
+from craft.preferences import check_labels, check_preferences, given_datasets
 from craft.trainers.joint import Answers, CRAFTJointMixin, has_images
 
 with warnings.catch_warnings():
@@ -27,14 +27,15 @@ class CRAFTORPOTrainer(CRAFTJointMixin, ORPOTrainer):
     batch holds beside its texts, such as pixel_values of all 2B rows, is given to the model, unlike in TRL's trainer.
     The likelihood of the chosen side is then that of its answer (eq. 6 of the paper), as with ``nll_of_answers`` set:
     TRL's is of the prompt too, where image tokens cannot be learned.
-    Errors: ValueError for rows that are no preferences (check_preferences).
+    Errors: ValueError for rows that are no preferences (check_preferences), or whose answers max_length cuts away.
     """
 
     nll_of_answers = False  # True: for texts without images too
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        check_preferences(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        check_preferences(*given_datasets(ORPOTrainer, args, kwargs))
         super().__init__(*args, **kwargs)
+        check_labels(self.train_dataset)
 
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """Score chosen and rejected answers in one pass, with everything that the batch has for the model."""

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Sampler
 
+from craft.collate import SAMPLE_ID_COLUMNS
 from craft.distributed import rank, world_size
 from craft.mixing import opened
 from craft.sampler import ContrastivePasses, mixed_seed
@@ -28,6 +29,10 @@ class PairStream:
         self._device = device
         self._batches: Iterator[Any] | None = None
         self._opened_at = -1  # position that the iterator stands at
+
+    def close(self) -> None:
+        """Let go of the loader's workers; the next batches are read by new ones."""
+        self._batches = None
 
     def take(self, number: int) -> list[Any]:
         """Return the next ``number`` batches, on the device."""
@@ -59,11 +64,14 @@ class JointLoaders(Loaders):
             self._refuse_mixing()
 
     def own_columns(self) -> list[str]:
-        """None: a trainer of preferences or rewards makes its batches from columns of its own."""
-        return []
+        """Sample ids; where prompts and answers are, such a trainer's own batches say."""
+        names = getattr(getattr(self.trainer, "train_dataset", None), "column_names", None) or ()
+        wanted = self.bundle.strategy == "self_align" and not self.trainer._craft_generates
+        return [name for name in SAMPLE_ID_COLUMNS if wanted and name in names]
 
     def build(self, own: Callable[[], DataLoader]) -> Any:
         """The trainer's own loader, or the one that was given for it."""
+        self._refuse_no_rows()
         sft_loader, self._contrastive = self._given_loaders()
         return own() if sft_loader is None else self._placed(sft_loader)
 
@@ -91,10 +99,10 @@ class JointLoaders(Loaders):
             drop_last=args.dataloader_drop_last,
         )
         if not passes.batches:
+            lower = ", lower craft_contrastive_batch_size or set dataloader_drop_last=False" if len(self._pairs) else ""
             raise ValueError(
-                f"the {len(self._pairs):,} pairs do not fill one batch of {self._contrastive_batch_size} pairs on "
-                f"{world_size()} process(es). Give more pairs, lower craft_contrastive_batch_size, or set "
-                "dataloader_drop_last=False."
+                f"the {len(self._pairs):,} pairs do not fill one batch of {self._contrastive_batch_size} on "
+                f"{world_size()} process(es). Give more pairs{lower}."
             )
         loader = DataLoader(
             self._pairs,
@@ -134,6 +142,14 @@ class JointLoaders(Loaders):
                 "craft_contrastive_batch_size says how many pairs a batch holds.",
                 stacklevel=5,
             )
+
+    def _in_batch(self) -> int:
+        """Other rows that an anchor meets at most; completions of one prompt are no negatives of each other."""
+        found = super()._in_batch()
+        group = getattr(self.trainer, "num_generations", 1)
+        if self.bundle.strategy != "self_align" or group == 1:
+            return found
+        return min(found, max(self.trainer.args.generation_batch_size - group, 0))
 
     @property
     def _figures(self) -> tuple[int, int, int | None]:

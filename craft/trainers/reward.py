@@ -5,6 +5,7 @@ from typing import Any
 
 from trl import RewardTrainer
 
+from craft.preferences import check_preferences, given_datasets
 from craft.trainers.joint import Answers, CRAFTJointMixin
 
 
@@ -15,6 +16,7 @@ class CRAFTRewardTrainer(CRAFTJointMixin, RewardTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_preferences(*given_datasets(RewardTrainer, args, kwargs))
         super().__init__(*args, **kwargs)
         if self.craft_enabled and self.craft_bundle.strategy == "self_align":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""inft train: fine-tune a model on captioned images and keep the best adapter."""
+"""inft train: teach a model by captions, preferences or rewards, and keep the best adapter."""
 
 from itertools import zip_longest
 from pathlib import Path
@@ -11,7 +11,8 @@ from inft.cli import INTERRUPTED
 from inft.cli.console import make_console
 from inft.cli.fields import field_option
 from params.craft import CRAFT_PRESETS, CraftParams
-from params.presets import MODEL_NAMES, TRAINING_MODES
+from params.methods import RL_METHODS
+from params.presets import METHODS, MODEL_NAMES, TRAINING_MODES
 
 if TYPE_CHECKING:
     from typer._click import Context
@@ -32,6 +33,16 @@ def _switch(name: str, words: str) -> Any:
 
 Model = Annotated[str, typer.Argument(metavar="|".join(MODEL_NAMES), help="Model family.")]
 Mode = Annotated[str | None, _text(metavar="|".join(TRAINING_MODES), words="What gets adapters (default basic).")]
+Method = Annotated[
+    str | None,
+    _text(
+        metavar="|".join(METHODS),
+        words="How it learns. sft: the captions, word by word. dpo, orpo: from rows with a chosen and a rejected "
+        "answer, to prefer the one (dpo against the base model, orpo while it learns the chosen answer). grpo, ppo: "
+        "from rewards of the model's own answers, see --rewards (default sft).",
+    ),
+]
+Rewards = Annotated[str | None, field_option("rl.rewards", metavar="NAME,…|MODULE:FUNCTION")]
 ModelName = Annotated[
     str | None, _text("--model", metavar="ID|PATH", words="Another model of the family: hub id or local path.")
 ]
@@ -107,6 +118,8 @@ def with_resume_value(args: list[str]) -> list[str]:
 def train(
     model: Model,
     training_mode: Mode = None,
+    method: Method = None,
+    rewards: Rewards = None,
     model_name: ModelName = None,
     data: Data = None,
     languages: Languages = None,
@@ -145,6 +158,7 @@ def train(
         "max_steps": max_steps,
         "eval_captions": eval_captions,
         "best_metric": best_metric,
+        "rewards": rewards,
         "seed": seed,
         "craft": craft,
         "craft_preset": craft_preset,
@@ -156,6 +170,7 @@ def train(
     params = resolve_train(
         model,
         training_mode=training_mode,
+        method=method,
         demo=demo or None,
         config_file=config,
         overrides=overrides or (),
@@ -167,7 +182,7 @@ def train(
 
 
 def run(params: "TrainParams", *, resume: str | None, overwrite: bool, dry_run: bool) -> "RunResult":
-    """Train; a demo on the drawn sample set also shows held-out captions before and after."""
+    """Train; a demo on the drawn sample set also shows what was learnt of held-out scenes."""
     refuse_early(params, resume=resume, overwrite=overwrite, dry_run=dry_run)
     console = make_console()
     if params.demo and params.data.data == "sample" and not dry_run:
@@ -191,9 +206,14 @@ def refuse_early(params: "TrainParams", *, resume: str | None, overwrite: bool, 
         from inft.data.pairs import refuse_no_pairs
 
         refuse_no_pairs(params.craft.pairs, params.data)
+    if params.method in RL_METHODS:
+        from inft.rewards.load import load_rewards
+
+        load_rewards(params.rl.rewards)
     if "/" in params.model_name:
         local_source(params.model_name)
     if not dry_run:
         refuse_foreign_output(params, resume=resume is not None, overwrite=overwrite)
     needed = ["trl", "peft", "accelerate", "datasets", *(["bitsandbytes"] if params.qlora.load_in_4bit else [])]
-    require_extras(*needed, *(SCORING if params.sft.eval_captions else ()))
+    scored = params.sft.eval_captions or (params.method in RL_METHODS and "chrf" in params.rl.rewards)
+    require_extras(*needed, *(SCORING if scored else ()))

@@ -19,7 +19,7 @@ SOURCES = {
 
 
 def load_source(name: str) -> "Callable[..., Iterator[Row | BadRow]]":
-    """Return the ``rows(config, *, location, split)`` function of a source by its name in SOURCES.
+    """Return the ``rows(config, *, location, split, kind)`` function of a source by its name in SOURCES.
 
     Errors: UserError for an unknown name.
     """

@@ -13,7 +13,7 @@ from inft.data.languages import any_language_will_do, available_languages
 from inft.data.locate import find_source
 from inft.data.pool import Entry, Pool, collect, drop_images, own_validation, spread_entries, take_images
 from inft.data.quarantine import first_reasons, refuse_foreign, refuse_too_many, write_quarantine
-from inft.data.rows import BadRow, MissingSplit, Row
+from inft.data.rows import BadRow, MissingSplit, Row, RowKind
 from inft.sample import ImageRef, Sample
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
@@ -51,8 +51,9 @@ def load_samples(
     quarantine_file: Path | None,
     with_images: bool,
     on_progress: Callable[[int], None] | None = None,
+    kind: RowKind = "captions",
 ) -> Loaded:
-    """Read, filter, cap, check and split the rows of a run.
+    """Read, filter, cap, check and split the rows of a run; ``kind`` says what is read of each (see RowKind).
 
     Every image is decoded once before training; ``on_progress`` hears how many are done. Without images (text models)
     they are neither read nor needed. The held-out rows are the source's validation split where it has one, else a
@@ -63,10 +64,10 @@ def load_samples(
     file names them), for a quarantine file that is not ours to replace and when no row is left.
     """
     source, location = find_source(config)
-    train = collect(config, source=source, location=location, split=config.split)
+    train = collect(config, source=source, location=location, split=config.split, kind=kind)
     if train.found:
         available_languages(config, train.found, source=location or source)
-    own = own_validation(config, train, source=source, location=location)
+    own = own_validation(config, train, source=source, location=location, kind=kind)
     pools = [train] if own is None else [train, own]
     _check_images(pools, with_images=with_images, on_progress=on_progress)
 
@@ -96,14 +97,16 @@ def load_samples(
     )
 
 
-def held_out_entries(config: MUNIChusLoadConfig, *, with_images: bool) -> tuple[list[Entry], int, tuple[BadRow, ...]]:
+def held_out_entries(
+    config: MUNIChusLoadConfig, *, with_images: bool, kind: RowKind = "captions"
+) -> tuple[list[Entry], int, tuple[BadRow, ...]]:
     """Return what load_samples holds out of a run's data, with the rows whose images cannot be read any more.
 
     Those are split by their titles alone. Besides: how many rows are without a caption, and the lines that are no rows.
     """
     source, location = find_source(config)
-    train = collect(config, source=source, location=location, split=config.split)
-    own = own_validation(config, train, source=source, location=location)
+    train = collect(config, source=source, location=location, split=config.split, kind=kind)
+    own = own_validation(config, train, source=source, location=location, kind=kind)
     pools = [train] if own is None else [train, own]
     if with_images and own is None:
         digests = check_images(entry.sample.image for entry in train.entries if entry.sample.image is not None)
@@ -169,9 +172,9 @@ def _keyed(entry: Entry) -> Sample:
 
 
 def _leak_key(entry: Entry) -> tuple[str, str]:
-    """What a row shares with others of its article; its own text where it has neither title nor image."""
+    """What a row shares with others of its article; its prompt or answer where it has neither title nor image."""
     title = entry.sample.meta["title"]
-    return (title, entry.image_key) if title or entry.image_key else (entry.sample.answer, "")
+    return (title, entry.image_key) if title or entry.image_key else (entry.prompt_key or entry.sample.answer, "")
 
 
 def _fingerprint(trained: Sequence[Entry], heldout: Sequence[Entry]) -> str:
@@ -181,7 +184,8 @@ def _fingerprint(trained: Sequence[Entry], heldout: Sequence[Entry]) -> str:
             sample = entry.sample
             picture = entry.image_key if sample.image is not None else ""
             row = [split, sample.meta["where"], sample.language, sample.meta["title"], sample.answer]
-            digest.update(json.dumps([*row, sample.prompt.text, picture]).encode())
+            worse = [] if sample.rejected is None else [sample.rejected]
+            digest.update(json.dumps([*row, sample.prompt.text, picture, *worse]).encode())
     return digest.hexdigest()
 
 

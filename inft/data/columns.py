@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from inft.data.images import BadImage
-from inft.data.rows import BadRow, Row
+from inft.data.preferences import Unusable, read_preference, read_prompt
+from inft.data.rows import BadRow, Row, RowKind
 from inft.sample import ImageRef
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
@@ -17,6 +18,23 @@ DEFAULT_NAMES: Mapping[str, tuple[str, ...]] = {
     "content": ("content",),
     "caption": ("caption", "captions"),
     "language": ("language",),
+    "prompt": ("prompt",),
+    "chosen": ("chosen", "caption"),
+    "rejected": ("rejected",),
+}
+# Which of our columns a kind of rows is made of, besides the image; those that no data set of it may lack.
+_SHARED = ("title", "content", "language")
+READ: Mapping[RowKind, tuple[str, ...]] = {
+    "captions": (*_SHARED, "caption"),
+    "references": (*_SHARED, "caption", "prompt"),
+    "prompts": (*_SHARED, "caption", "prompt"),
+    "preferences": (*_SHARED, "chosen", "rejected", "prompt"),
+}
+NEEDED: Mapping[RowKind, tuple[str, ...]] = {
+    "captions": ("caption",),
+    "references": ("caption",),
+    "prompts": (),
+    "preferences": ("chosen", "rejected"),
 }
 
 
@@ -30,20 +48,23 @@ class Record:
 
 
 class Columns:
-    """Which column of a data set holds what; ``source`` names the data set in messages."""
+    """Which column of a data set holds what, for rows of a kind; ``source`` names the data set in messages."""
 
-    def __init__(self, config: MUNIChusLoadConfig, *, source: str):
+    def __init__(self, config: MUNIChusLoadConfig, *, source: str, kind: RowKind = "captions"):
         unknown = [ours for ours in config.columns if ours not in DEFAULT_NAMES]
         if unknown:
             raise UserError(
                 f"data.columns names {', '.join(map(repr, unknown))}, which is none of our columns: "
                 f"{', '.join(DEFAULT_NAMES)}. Write --set data.columns.caption=NAME for a caption column called NAME."
             )
+        self.kind = kind
         self._source = source
         self._mapped: dict[str, str] = {str(ours): theirs for ours, theirs in config.columns.items()}
         self._names = {ours: self._names_of(ours) for ours in DEFAULT_NAMES}
 
     def _names_of(self, ours: str) -> tuple[str, ...]:
+        if ours == "chosen" and "chosen" not in self._mapped:
+            ours = "caption" if "caption" in self._mapped else "chosen"  # the chosen answer is a row's caption
         return (self._mapped[ours],) if ours in self._mapped else DEFAULT_NAMES[ours]
 
     def find(self, ours: str, available: Iterable[str]) -> str | None:
@@ -55,16 +76,24 @@ class Columns:
         name = self.find(ours, record)
         return None if name is None else record[name]
 
-    def require(self, available: Iterable[str]) -> None:
-        """Raise UserError when no record has captions, or lacks a column that data.columns names."""
+    def read_of(self, available: Iterable[str]) -> list[str]:
+        """Return the columns among these that rows are made of, besides the image; each once, by name."""
         found = list(available)
-        missing = [ours for ours in ("caption", *self._mapped) if self.find(ours, found) is None]
+        return sorted({name for ours in READ[self.kind] if (name := self.find(ours, found)) is not None})
+
+    def require(self, available: Iterable[str]) -> None:
+        """Raise UserError when no record has a column that such rows need, or one that data.columns names."""
+        found = list(available)
+        missing = [ours for ours in (*NEEDED[self.kind], *self._mapped) if self.find(ours, found) is None]
         if missing:
             ours = missing[0]
+            pairs = (
+                "A preference, as --method dpo and --method orpo learn from, has a chosen answer and a rejected one. "
+            )
             raise UserError(
                 f"{self._source} has no column {' or '.join(map(repr, self._names[ours]))}. "
-                f"Its columns are: {', '.join(found)}. Name the one that holds the {ours} with "
-                f"--set data.columns.{ours}=NAME."
+                f"Its columns are: {', '.join(found)}. {pairs * (ours in ('chosen', 'rejected'))}"
+                f"Name the one that holds the {ours} with --set data.columns.{ours}=NAME."
             )
 
     def no_image(self, record: Mapping[str, Any]) -> BadImage:
@@ -111,29 +140,64 @@ def _rows_of(
     fault = next((_not_text(ours, value) for ours, value in texts.items() if not isinstance(value, str | None)), None)
     title, content, own_language = (value if isinstance(value, str) else "" for value in texts.values())
     language = language or own_language.strip() or config.default_language
+    try:
+        if fault is not None:
+            raise Unusable(fault)
+        answers = _preference(record, columns) if columns.kind == "preferences" else _captions(record, columns)
+    except Unusable as error:
+        answers = [str(error)]
+    for number, answer in enumerate(answers, start=1):
+        if isinstance(answer, str):
+            yield BadRow(where=record.where, reason=answer, language=language, title=title)
+            continue
+        yield Row(
+            image=record.image,
+            title=title,
+            content=content,
+            caption=answer.caption,
+            language=language,
+            where=f"{record.where} caption {number}" if answer.one_of_several else record.where,
+            prompt=answer.prompt,
+            rejected=answer.rejected,
+        )
 
-    def bad(reason: str) -> BadRow:
-        return BadRow(where=record.where, reason=reason, language=language or "", title=title)
 
-    if fault is not None:
-        yield bad(fault)
-    elif columns.find("caption", record.values) is None:
-        yield bad(f"no caption column among {', '.join(record.values)}")
-    else:
-        captions = columns.value(record.values, "caption")
-        several = isinstance(captions, list | tuple)
-        for number, caption in enumerate(captions if several and captions else [captions or ""], start=1):
-            if not isinstance(caption, str | None):
-                yield bad(_not_text("caption", caption))
-                continue
-            yield Row(
-                image=record.image,
-                title=title,
-                content=content,
-                caption=caption or "",
-                language=language,
-                where=f"{record.where} caption {number}" if several else record.where,
-            )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What one row of a record teaches."""
+
+    caption: str
+    prompt: str = ""
+    rejected: str | None = None
+    one_of_several: bool = False
+
+
+def _captions(record: Record, columns: Columns) -> list[_Answer | str]:
+    """The record's captions, each or the reason why it is none; Unusable when there are none to look for."""
+    prompt = ""
+    if "prompt" in READ[columns.kind] and columns.find("prompt", record.values) is not None:
+        prompt = read_prompt(columns.value(record.values, "prompt"))
+    if "caption" in NEEDED[columns.kind] and columns.find("caption", record.values) is None:
+        raise Unusable(f"no caption column among {', '.join(record.values)}")
+    captions = columns.value(record.values, "caption")
+    several = isinstance(captions, list | tuple)
+    return [
+        _Answer(caption=caption or "", prompt=prompt, one_of_several=several)
+        if isinstance(caption, str | None)
+        else _not_text("caption", caption)
+        for caption in (captions if several and captions else [captions or ""])
+    ]
+
+
+def _preference(record: Record, columns: Columns) -> list[_Answer | str]:
+    """The record's pair of answers."""
+    for ours in NEEDED[columns.kind]:
+        if columns.find(ours, record.values) is None:
+            raise Unusable(f"no {ours} column among {', '.join(record.values)}")
+    present = ("prompt", "chosen", "rejected")
+    found = {ours: columns.value(record.values, ours) for ours in present if columns.find(ours, record.values)}
+    pair = read_preference(found)
+    return [_Answer(caption=pair.chosen, prompt=pair.prompt, rejected=pair.rejected)]
 
 
 def _not_text(ours: str, value: Any) -> str:

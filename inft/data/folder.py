@@ -8,18 +8,20 @@ from inft.data.columns import Columns, Record, read_records
 from inft.data.images import file_image
 from inft.data.jsonl import read_lines
 from inft.data.locate import metadata_file, missing_split, require_split_of_file, split_names, tells_split
-from inft.data.rows import BadRow, MissingSplit, Row
+from inft.data.rows import BadRow, MissingSplit, Row, RowKind
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
 
-def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[Row | BadRow]:
+def rows(
+    config: MUNIChusLoadConfig, *, location: str, split: str, kind: RowKind = "captions"
+) -> Iterator[Row | BadRow]:
     """Yield the rows of a split; metadata in the directory itself is the configured split.
 
     Errors: MissingSplit without metadata for the split; UserError for a csv that cannot be read.
     """
     file = split_metadata(Path(location), split, own=config.split)
-    columns = Columns(config, source=str(file))
+    columns = Columns(config, source=str(file), kind=kind)
     records = read_csv(file, columns) if file.suffix.lower() == ".csv" else read_lines(file, columns)
     yield from read_records(config, records, columns=columns)
 

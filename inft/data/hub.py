@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from inft.data.columns import Columns, Record, read_records
 from inft.data.images import TableImage
 from inft.data.locate import is_saved, known_split, missing_split, split_names, split_of_file
-from inft.data.rows import BadRow, MissingSplit, Row
+from inft.data.rows import BadRow, MissingSplit, Row, RowKind
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
@@ -32,7 +32,9 @@ class MissingConfig(UserError):
     """The hub data set has no configuration of that name."""
 
 
-def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[Row | BadRow]:
+def rows(
+    config: MUNIChusLoadConfig, *, location: str, split: str, kind: RowKind = "captions"
+) -> Iterator[Row | BadRow]:
     """Yield the rows of a split of ``OWNER/NAME``, ``OWNER/NAME:CONFIG`` or a local path.
 
     Errors: MissingSplit without the split; UserError for a hub that cannot be reached or does not let us in.
@@ -47,7 +49,7 @@ def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[R
         # A configuration named by a language code, as MUNIChus has them, holds that language.
         language = config_name if config_name in config.language_names else None
     table = pick_split(tables, split, source=location)
-    yield from table_rows(config, table, name=split, source=location, roots=roots, language=language)
+    yield from table_rows(config, table, name=split, source=location, roots=roots, language=language, kind=kind)
 
 
 def table_rows(
@@ -58,19 +60,18 @@ def table_rows(
     source: str,
     roots: tuple[Path, ...],
     language: str | None = None,
+    kind: RowKind = "captions",
 ) -> Iterator[Row | BadRow]:
     """Yield the rows of one table; ``name`` stands in their ``where``, ``roots`` may hold images named by path."""
-    columns = Columns(config, source=source)
+    columns = Columns(config, source=source, kind=kind)
     records = _records(table.with_format(None), columns, name=name, roots=roots)
     yield from read_records(config, records, columns=columns, known=table.column_names, language=language)
 
 
 def _records(table: "Dataset", columns: Columns, *, name: str, roots: tuple[Path, ...]) -> Iterator[Record]:
     image_column = columns.find("image", table.column_names)
-    found = (columns.find(ours, table.column_names) for ours in ("title", "content", "caption", "language"))
-    wanted = sorted({name for name in found if name is not None})
     images = None if image_column is None else undecoded(table, image_column).select_columns([image_column])
-    for index, values in enumerate(table.select_columns(wanted)):
+    for index, values in enumerate(table.select_columns(columns.read_of(table.column_names))):
         image: ImageRef
         if images is None or image_column is None:
             image = columns.no_image(dict.fromkeys(table.column_names))

@@ -7,18 +7,20 @@ from pathlib import Path
 from inft.data.columns import Columns, Record, read_records
 from inft.data.images import file_image
 from inft.data.locate import known_split, missing_split, require_split_of_file, split_names, tells_split
-from inft.data.rows import BadRow, MissingSplit, Row
+from inft.data.rows import BadRow, MissingSplit, Row, RowKind
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
 
-def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[Row | BadRow]:
+def rows(
+    config: MUNIChusLoadConfig, *, location: str, split: str, kind: RowKind = "captions"
+) -> Iterator[Row | BadRow]:
     """Yield the rows of a split of a directory, or of a file, which is the configured split and no other.
 
-    Errors: MissingSplit without a file for the split; UserError when no line has a caption column.
+    Errors: MissingSplit without a file for the split; UserError when no line has a column that such rows need.
     """
     file = split_file(Path(location), split, own=config.split)
-    columns = Columns(config, source=str(file))
+    columns = Columns(config, source=str(file), kind=kind)
     yield from read_records(config, read_lines(file, columns), columns=columns)
 
 

@@ -14,7 +14,7 @@ from inft.data.hub import (
 )
 from inft.data.languages import any_language_will_do, available_languages, known_code
 from inft.data.locate import language_directories
-from inft.data.rows import BadRow, Row
+from inft.data.rows import BadRow, Row, RowKind
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[Row | BadRow]:
+def rows(
+    config: MUNIChusLoadConfig, *, location: str, split: str, kind: RowKind = "captions"
+) -> Iterator[Row | BadRow]:
     """Yield the rows of a split in each requested language; ``location`` is a hub id or a local copy's directory.
 
     A split counts only when every language has it, so that no language goes without held-out rows.
@@ -43,6 +45,7 @@ def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[R
             source=f"{location} ({language})",
             roots=(directory, directory / language) if local else cache_directories(),
             language=language,
+            kind=kind,
         )
 
 

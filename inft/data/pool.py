@@ -11,7 +11,7 @@ from inft.data.images import FileImage, ImageError
 from inft.data.languages import known_code
 from inft.data.locate import split_names
 from inft.data.prompts import build_prompt, visible_line
-from inft.data.rows import BadRow, MissingSplit, Row
+from inft.data.rows import BadRow, MissingSplit, Row, RowKind
 from inft.sample import ImageRef, Sample
 from params.munichus import MUNIChusLoadConfig
 
@@ -24,6 +24,7 @@ class Entry:
     rank: float  # in [0, 1): of the seed and the row's text alone
     sample: Sample
     image_key: str = ""  # equal for equal pictures; "": unknown
+    prompt_key: str = ""  # the row's own prompt; "": it has none
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,12 +45,12 @@ class Pool:
         return self.usable.total() + self.unread
 
 
-def collect(config: MUNIChusLoadConfig, *, source: str, location: str, split: str) -> Pool:
+def collect(config: MUNIChusLoadConfig, *, source: str, location: str, split: str, kind: RowKind = "captions") -> Pool:
     """Read one split; of each language the rows of the lowest ranks are kept, so that a cap bounds memory too."""
     pool = Pool()
     heaps: defaultdict[str, list[tuple[float, int, Entry]]] = defaultdict(list)
     cap = config.max_rows_per_lang
-    for order, row in enumerate(load_source(source)(config, location=location, split=split)):
+    for order, row in enumerate(load_source(source)(config, location=location, split=split, kind=kind)):
         row = replace(row, language=known_code(config, row.language))
         if row.language:
             pool.found[row.language] += 1
@@ -58,7 +59,8 @@ def collect(config: MUNIChusLoadConfig, *, source: str, location: str, split: st
         # A heap's first item is its smallest: the signs make that the row of the highest rank, the next to go.
         heap = heaps[row.language]
         full = cap is not None and len(heap) >= cap
-        entry = _admit(config, pool, row, order=order, source=source, worst=-heap[0][0] if full else 1.0)
+        worst = -heap[0][0] if full else 1.0
+        entry = _admit(config, pool, row, order=order, source=source, worst=worst, kind=kind)
         if entry is not None:
             (heapq.heappushpop if full else heapq.heappush)(heap, (-entry.rank, -order, entry))
     pool.entries = sorted((item[2] for heap in heaps.values() for item in heap), key=lambda entry: entry.order)
@@ -66,7 +68,14 @@ def collect(config: MUNIChusLoadConfig, *, source: str, location: str, split: st
 
 
 def _admit(
-    config: MUNIChusLoadConfig, pool: Pool, row: Row | BadRow, *, order: int, source: str, worst: float
+    config: MUNIChusLoadConfig,
+    pool: Pool,
+    row: Row | BadRow,
+    *,
+    order: int,
+    source: str,
+    worst: float,
+    kind: RowKind,
 ) -> Entry | None:
     """Return the row as an entry; None for a bad one, an empty one and one ranked behind ``worst``.
 
@@ -74,11 +83,12 @@ def _admit(
     """
     title = visible_line(row.title)
     if isinstance(row, Row):
-        caption = visible_line(row.caption)
-        if not caption and config.remove_empty:
+        caption = visible_line(row.caption) if row.rejected is None else row.caption
+        without = not caption and kind != "prompts"
+        if without and config.remove_empty:
             pool.empty[row.language] += 1
             return None
-        if not caption:
+        if without:
             reason = "its caption is empty (--set data.remove_empty=true drops such rows)"
             row = BadRow(where=row.where, reason=reason, language=row.language)
     if isinstance(row, BadRow):
@@ -86,20 +96,24 @@ def _admit(
         pool.unread += 1
         return None
     pool.usable[row.language] += 1
-    rank = unit_hash(config.seed, "cap", row.language, title, caption)
+    told_apart = [row.prompt, row.rejected or ""] if row.prompt or row.rejected else []
+    rank = unit_hash(config.seed, "cap", row.language, title, caption, *told_apart)
     if rank > worst:
         return None
     sample = Sample(
         image=row.image,
-        prompt=build_prompt(config, language=row.language, title=row.title, content=row.content),
+        prompt=build_prompt(config, language=row.language, title=row.title, content=row.content, own=row.prompt),
         answer=caption,
         language=row.language,
+        rejected=row.rejected,
         meta={"title": title, "where": row.where, "source": source, **row.extra},
     )
-    return Entry(order=order, rank=rank, sample=sample)
+    return Entry(order=order, rank=rank, sample=sample, prompt_key=row.prompt)
 
 
-def own_validation(config: MUNIChusLoadConfig, train: Pool, *, source: str, location: str) -> Pool | None:
+def own_validation(
+    config: MUNIChusLoadConfig, train: Pool, *, source: str, location: str, kind: RowKind = "captions"
+) -> Pool | None:
     """Read the source's validation split, capped to the share of each language that the training cap keeps.
 
     Returns None when the source has none, when it is what is trained on and with ``eval_fraction`` 0.
@@ -107,7 +121,7 @@ def own_validation(config: MUNIChusLoadConfig, train: Pool, *, source: str, loca
     if config.eval_fraction == 0 or config.split in split_names("validation"):
         return None
     try:
-        pool = collect(config, source=source, location=location, split="validation")
+        pool = collect(config, source=source, location=location, split="validation", kind=kind)
     except MissingSplit:
         return None
     if config.max_rows_per_lang is not None:

@@ -16,14 +16,14 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")  # Unicode's control, format, 
 _WORD_BOUNDARY_SHARE = 0.75  # a boundary before this share of the limit would throw too much text away
 
 
-def build_prompt(config: MUNIChusLoadConfig, *, language: str, title: str, content: str) -> Prompt:
-    """Return the prompt of one row; the text that ``config.context`` names is its news.
+def build_prompt(config: MUNIChusLoadConfig, *, language: str, title: str, content: str, own: str = "") -> Prompt:
+    """Return the prompt of one row; the text that ``config.context`` names is its news, ``own`` its own instruction.
 
     Errors: UserError for a language without a name and for a placeholder other than {language}.
     """
     context = {"content": content, "title": title, "none": ""}[config.context]
     return Prompt(
-        instruction=instruction(config, language),
+        instruction=own or instruction(config, language),
         news=cut_at_word(clean_text(context), config.max_context_chars),
     )
 

@@ -4,14 +4,25 @@ No row is stored: a scene is drawn from its split and index when its image is as
 combinations of attributes that no training scene shows, so a right caption of one cannot have been memorised.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from random import Random
 
 from inft.data.languages import available_languages
-from inft.data.rows import MissingSplit, Row
+from inft.data.rows import MissingSplit, Row, RowKind
 from inft.data.scene_captions import GRAMMARS, caption
-from inft.data.scenes import COLOURS, COMBINATIONS, FIGURES, PLACES, SIZES, Attributes, DrawnImage
+from inft.data.scenes import (
+    COLOURS,
+    COMBINATIONS,
+    FIGURES,
+    PLACES,
+    SIZES,
+    Attributes,
+    DrawnImage,
+    differing,
+    near_misses,
+)
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
@@ -29,8 +40,10 @@ class Scene:
 ROUNDS: Mapping[str, int] = {"train": 4, "validation": 2, "test": 2}
 
 
-def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[Row]:
+def rows(config: MUNIChusLoadConfig, *, location: str, split: str, kind: RowKind = "captions") -> Iterator[Row]:
     """Yield a row for each scene of the split and each of the configured languages that the sample set has.
+
+    As a preference, a scene's caption is chosen and one that is wrong in one attribute is rejected.
 
     Errors: MissingSplit for a split other than train, validation and test; UserError for a language that it lacks and
     for a location, which drawn scenes do not have.
@@ -49,8 +62,23 @@ def rows(config: MUNIChusLoadConfig, *, location: str, split: str) -> Iterator[R
                 caption=caption(scene.attributes, language),
                 language=language,
                 where=f"sample {scene.name} in {language}",
+                rejected=wrong_caption(scene, language, seed=config.seed) if kind == "preferences" else None,
                 extra={"scene": asdict(scene.attributes)},
             )
+
+
+def wrong_caption(scene: Scene, language: str, *, seed: int) -> str:
+    """Return a caption with one wrong attribute: the same one for the same seed, scene and language.
+
+    It is the right caption of other training scenes: no held-out sentence is trained on, and whether a sentence is
+    right shows in the scene alone.
+    """
+    rng = Random(f"{seed} wrong caption of {scene.name} in {language}")
+    wrong: defaultdict[str, list[Attributes]] = defaultdict(list)
+    for other in near_misses(scene.attributes):
+        if split_of(other) == "train":
+            wrong[differing(scene.attributes, other)[0]].append(other)
+    return caption(rng.choice(wrong[rng.choice(sorted(wrong))]), language)
 
 
 def scenes(split: str, *, rounds: int, first_round: int = 0) -> Iterator[Scene]:

@@ -8,7 +8,7 @@ import colorsys
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,16 @@ COMBINATIONS = tuple(
     Attributes(figure=figure, colour=colour, size=size, place=place)
     for figure, colour, size, place in product(FIGURES, COLOURS, SIZES, PLACES)
 )
+
+
+def near_misses(attributes: Attributes) -> list[Attributes]:
+    """The combinations that differ in exactly one attribute."""
+    return [other for other in COMBINATIONS if len(differing(attributes, other)) == 1]
+
+
+def differing(one: Attributes, other: Attributes) -> list[str]:
+    """The names of the attributes in which two combinations differ."""
+    return [field.name for field in fields(Attributes) if getattr(one, field.name) != getattr(other, field.name)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,11 +1,14 @@
-"""The demo around one training run: captions of held-out scenes before, after, and after with shuffled images."""
+"""The demo around one training run: held-out scenes before, after, and after with shuffled images.
+
+What is measured is what the run's method teaches: exact captions, the right one of two, or the reward.
+"""
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,12 +18,14 @@ from inft.sample import Sample
 from params import TrainParams
 
 if TYPE_CHECKING:
+    from inft.data.rows import RowKind
+    from inft.models.collate import CaptionCollator
     from inft.training.run import RunResult
 
 SCENES = 40  # held-out scenes captioned in each language
 SHOWN = 3  # rows of the gallery per language
 
-Shares = dict[str, float]  # language code -> share of exact captions, 0 to 1
+Shares = dict[str, float]  # language code -> share of exact captions, 0 to 1; or another figure of its rows
 
 
 def exact_shares(samples: Sequence[Sample], captions: Sequence[str]) -> Shares:
@@ -44,17 +49,25 @@ def chance(samples: Sequence[Sample]) -> float:
 
 
 def shares_table(
-    shares: Mapping[str, Shares], names: Mapping[str, str], *, expected: float, shuffled_word: str
+    shares: Mapping[str, Shares],
+    names: Mapping[str, str],
+    *,
+    expected: float | None,
+    shuffled_word: str,
+    title: str = "Exact captions on held-out scenes",
+    percent: bool = True,
 ) -> Table:
-    """A row per language: exact captions before, after, and after with shuffled inputs."""
-    table = Table(title="Exact captions on held-out scenes")
+    """A row per language: its figure before, after, and after with shuffled inputs; ``expected`` by chance."""
+    table = Table(title=title)
     table.add_column("language")
     for heading in ("before", "after", f"after, {shuffled_word} shuffled"):
         table.add_column(heading, justify="right")
     for language in shares["after"]:
-        cells = [f"{shares[key][language]:.0%}" for key in ("before", "after", "shuffled")]
+        figures = [shares[key][language] for key in ("before", "after", "shuffled")]
+        cells = [f"{figure:.0%}" if percent else f"{figure:.2f}" for figure in figures]
         table.add_row(f"{names.get(language, language)} ({language})", *cells)
-    table.caption = f"chance: {expected:.1%}"
+    if expected is not None:
+        table.caption = f"chance: {expected:.1%}"
     return table
 
 
@@ -73,10 +86,86 @@ def gallery_table(samples: Sequence[Sample], before: Sequence[str], after: Seque
     return table
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What a demo shows of a model: a figure of each language, and the captions that it is of."""
+
+    title: str
+    of: Callable[[Any, Sequence[Sample]], tuple[Shares, list[str]]]  # a model and rows -> the figures, its captions
+    kind: "RowKind" = "captions"  # what is read of a row
+    percent: bool = True
+    chance: Callable[[Sequence[Sample]], float] | None = None  # the figure of one who does not look
+
+
+def exact_captions(params: TrainParams, collator: "CaptionCollator") -> Measure:
+    """The share of captions that are exact."""
+
+    def measured(model: Any, rows: Sequence[Sample]) -> tuple[Shares, list[str]]:
+        captions = _captions(model, collator, rows, params.basic.gen_max_new_tokens)[0]
+        return exact_shares(rows, captions), captions
+
+    return Measure(title="Exact captions on held-out scenes", of=measured, chance=chance)
+
+
+def preferred_captions(params: TrainParams, collator: "CaptionCollator") -> Measure:
+    """The share of scenes whose right caption is likelier than one that is wrong in one attribute."""
+    from inft.evaluation.loss import row_losses
+    from inft.models.preferences import sides
+
+    def measured(model: Any, rows: Sequence[Sample]) -> tuple[Shares, list[str]]:
+        pairs = [side for row in rows for side in sides(row)]
+        nats = [loss for loss, _ in row_losses(model, collator, pairs, batch_size=SCENES)]
+        right: dict[str, list[bool]] = defaultdict(list)
+        for row, chosen, rejected in zip(rows, nats[::2], nats[1::2], strict=True):
+            right[row.language].append(chosen < rejected)
+        captions = _captions(model, collator, rows, params.basic.gen_max_new_tokens)[0]
+        return {language: sum(found) / len(found) for language, found in right.items()}, captions
+
+    title = "Held-out scenes whose right caption is likelier than a wrong one"
+    return Measure(title=title, of=measured, kind="preferences", chance=lambda rows: 0.5)
+
+
+def rewarded_captions(params: TrainParams, collator: "CaptionCollator") -> Measure:
+    """The mean reward of captions."""
+    from inft.rewards.load import load_rewards
+    from inft.rewards.score import score_all, weighted_sum
+
+    rewards = load_rewards(params.rl.rewards)
+
+    def measured(model: Any, rows: Sequence[Sample]) -> tuple[Shares, list[str]]:
+        captions, tokens = _captions(model, collator, rows, params.rl.max_completion_length)
+        found = score_all(rewards, samples=rows, completions=captions, completion_ids=tokens)
+        totals: dict[str, list[float]] = defaultdict(list)
+        for row, total in zip(rows, weighted_sum(found, params.rl.reward_weights), strict=True):
+            totals[row.language].append(total)
+        return {language: sum(part) / len(part) for language, part in totals.items()}, captions
+
+    title = f"Reward of captions of held-out scenes ({' + '.join(params.rl.rewards)})"
+    return Measure(title=title, of=measured, kind="references", percent=False)
+
+
+MEASURES: Mapping[str, Callable[[TrainParams, "CaptionCollator"], Measure]] = {
+    "sft": exact_captions,
+    "dpo": preferred_captions,
+    "orpo": preferred_captions,
+    "grpo": rewarded_captions,
+    "ppo": rewarded_captions,
+}
+
+
+def _captions(
+    model: Any, collator: "CaptionCollator", rows: Sequence[Sample], max_new_tokens: int
+) -> tuple[list[str], list[list[int]]]:
+    """Greedy captions of the rows, as text and as tokens."""
+    from inft.evaluation.generate import decode_captions, generate_tokens
+
+    tokens = generate_tokens(model, collator, rows, max_new_tokens=max_new_tokens, batch_size=SCENES)
+    return decode_captions(collator, tokens), tokens
+
+
 def run_demo(params: TrainParams, console: Console, *, resume: str | None, overwrite: bool) -> "RunResult":
     """Train on the drawn sample set and show that it learned: tables on the console, figures in demo.json."""
     from inft.data.batches import load_samples
-    from inft.evaluation.generate import generate_captions
     from inft.models import load_spec
     from inft.models.loading import load_model, load_processor
     from inft.training.processes import is_main
@@ -88,31 +177,29 @@ def run_demo(params: TrainParams, console: Console, *, resume: str | None, overw
         return result
 
     spec = load_spec(params.model)
-    heldout = replace(params.data, split="test", eval_fraction=0.0, max_rows_per_lang=SCENES)
-    samples = load_samples(heldout, quarantine_file=None, with_images=spec.takes_images).train
     processor = load_processor(spec, params.processor_name, max_image_tiles=params.basic.max_image_tiles)
-    collator = spec.collator(processor, max_length=params.basic.max_length)
+    measure = MEASURES[params.method](params, spec.collator(processor, max_length=params.basic.max_length))
+    heldout = replace(params.data, split="test", eval_fraction=0.0, max_rows_per_lang=SCENES)
+    samples = load_samples(heldout, quarantine_file=None, with_images=spec.takes_images, kind=measure.kind).train
     base = load_model(spec, params.model_name, basic=params.basic)
 
-    def captions(model: object, rows: Sequence[Sample]) -> list[str]:
-        return generate_captions(
-            model, collator, rows, max_new_tokens=params.basic.gen_max_new_tokens, batch_size=SCENES
-        )
-
-    before = captions(base, samples)
+    before, captions_before = measure.of(base, samples)
     tuned = load_adapter(base, read_adapter(result.best_dir), spec=spec)
-    after = captions(tuned, samples)
-    mixed = captions(tuned, with_shuffled_images(samples, seed=params.basic.seed))
+    after, captions_after = measure.of(tuned, samples)
+    shuffled, _ = measure.of(tuned, with_shuffled_images(samples, seed=params.basic.seed))
 
-    shares = {
-        "before": exact_shares(samples, before),
-        "after": exact_shares(samples, after),
-        "shuffled": exact_shares(samples, mixed),
-    }
-    console.print(gallery_table(samples, before, after))
-    word = "images" if spec.takes_images else "descriptions"
-    console.print(shares_table(shares, params.data.language_names, expected=chance(samples), shuffled_word=word))
-    write_shares(Path(params.output_dir) / "demo.json", shares)
+    console.print(gallery_table(samples, captions_before, captions_after))
+    figures = {"before": before, "after": after, "shuffled": shuffled}
+    table = shares_table(
+        figures,
+        params.data.language_names,
+        expected=None if measure.chance is None else measure.chance(samples),
+        shuffled_word="images" if spec.takes_images else "descriptions",
+        title=measure.title,
+        percent=measure.percent,
+    )
+    console.print(table)
+    write_shares(Path(params.output_dir) / "demo.json", figures)
     console.print(f"figures: {Path(params.output_dir) / 'demo.json'}   best adapter: {result.best_dir}", soft_wrap=True)
     return result
 

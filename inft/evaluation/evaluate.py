@@ -80,7 +80,9 @@ def evaluate(params: EvalParams, directory: Path, *, overwrite: bool = False, co
     takes_images = load_spec(params.model).takes_images
 
     def load(config: MUNIChusLoadConfig) -> EvalRows:
-        return load_rows(config, limit=params.limit, with_images=takes_images, trained=params.trained)
+        return load_rows(
+            config, limit=params.limit, with_images=takes_images, trained=params.trained, method=params.method
+        )
 
     job = _Job(
         params=params,

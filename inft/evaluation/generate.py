@@ -43,9 +43,26 @@ def generate_captions(
     torch's random state are as before afterwards.
     Errors: UserError when a prompt does not fit into the collator's max_length.
     """
+    written = generate_tokens(
+        model, collator, samples, max_new_tokens=max_new_tokens, batch_size=batch_size, search=search, shots=shots
+    )
+    return decode_captions(collator, written)
+
+
+def generate_tokens(
+    model: "PreTrainedModel",
+    collator: CaptionCollator,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    search: Search | None = None,
+    shots: Sequence[Sequence[Sample]] = (),
+) -> list[list[int]]:
+    """Return the tokens of one caption a sample, up to and with its end token; all else is as generate_captions."""
     search = search or Search()
     config = _generation_config(model, collator, max_new_tokens=max_new_tokens, search=search)
-    captions: list[str] = []
+    captions: list[list[int]] = []
     with evaluating(model), _random_state_kept(model), torch.no_grad():
         if search.do_sample:
             torch.manual_seed(search.seed)
@@ -54,13 +71,19 @@ def generate_captions(
             prompts = collator.prompts(samples[part], shots[part])
             prompts = {name: tensor.to(model.device) for name, tensor in prompts.items()}
             written = model.generate(**prompts, generation_config=config)
-            captions += decode_captions(collator, written[:, prompts["input_ids"].shape[1] :])
+            new = written[:, prompts["input_ids"].shape[1] :].tolist()
+            captions += [_up_to_end(tokens, config.eos_token_id) for tokens in new]
     return captions
 
 
-def decode_captions(collator: CaptionCollator, written: torch.Tensor) -> list[str]:
+def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    first = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]
+
+
+def decode_captions(collator: CaptionCollator, written: torch.Tensor | Sequence[Sequence[int]]) -> list[str]:
     """Return the plain text of generated tokens (rows, tokens), without special and template tokens."""
-    texts = collator.tokenizer.batch_decode(written, skip_special_tokens=True)
+    texts = collator.tokenizer.batch_decode(written, skip_special_tokens=True) if len(written) else []
     # Some releases declare turn markers such as <|END_RESPONSE|> as ordinary added tokens.
     return [collator.control.sub("", text).strip() for text in texts]
 

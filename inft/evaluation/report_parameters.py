@@ -13,7 +13,17 @@ from params.check import SECTIONS
 from params.describe import describe
 from params.presets import MODEL_FIELDS, OUTPUT_FIELDS
 
-OWN_FIELDS = ("model", "training_mode", "demo", "model_name", "processor_name", "task", "output_dir", "best_model_dir")
+OWN_FIELDS = (
+    "model",
+    "training_mode",
+    "method",
+    "demo",
+    "model_name",
+    "processor_name",
+    "task",
+    "output_dir",
+    "best_model_dir",
+)
 # In the full list only: directories, which always differ, and the fields of every family and mode, of which the run's
 # own are said by model_name and processor_name.
 LONG_LIST = {

@@ -11,12 +11,14 @@ from inft.data.languages import available_languages
 from inft.data.locate import find_source
 from inft.data.pool import collect
 from inft.data.references import grouped, place_of
-from inft.data.rows import BadRow, MissingSplit
+from inft.data.rows import BadRow, MissingSplit, RowKind
 from inft.models.collate import where
 from inft.sample import Sample
 from params.errors import UserError
 from params.evaluation import HELDOUT
+from params.methods import PREFERENCE_METHODS
 from params.munichus import MUNIChusLoadConfig
+from params.train import Method
 
 # samples, rows without a reference, lines that are no rows, rows of other languages
 Found = tuple[list[Sample], int, tuple[BadRow, ...], Mapping[str, int]]
@@ -58,16 +60,19 @@ def load_rows(
     limit: int | None,
     with_images: bool,
     trained: MUNIChusLoadConfig | None = None,
+    method: Method = "sft",
 ) -> EvalRows:
     """Read the rows of ``config.split``, at most ``limit``, spread evenly over the languages.
 
-    The split "heldout" is what the run with ``trained`` as its data section held out. Text models (``with_images``
-    False) get no images. Errors: UserError for an unknown source, split or language, and when no row has a reference.
+    The split "heldout" is what the run with ``trained`` as its data section held out; rows are read as its ``method``
+    reads them, the chosen answer of a preference being the reference. Text models (``with_images`` False) get no
+    images. Errors: UserError for an unknown source, split or language, and when no row has a reference.
     """
+    kind = _row_kind(method, own=trained is not None and config.data == trained.data)
     if config.split == HELDOUT:
-        samples, empty, bad, others = _held_out(config, trained, with_images=with_images)
+        samples, empty, bad, others = _held_out(config, trained, kind=kind, with_images=with_images)
     else:
-        samples, empty, bad, others = _of_split(replace(config, remove_empty=True), with_images=with_images)
+        samples, empty, bad, others = _of_split(replace(config, remove_empty=True), kind=kind, with_images=with_images)
     rows = [_row(group) for group in grouped(samples)]
     if not rows:
         raise UserError(
@@ -91,10 +96,17 @@ def fingerprint_of(rows: Sequence[EvalRow]) -> str:
     return hashlib.sha256("\n".join(row.key for row in rows).encode()).hexdigest()
 
 
-def _of_split(config: MUNIChusLoadConfig, *, with_images: bool) -> Found:
+def _row_kind(method: Method, *, own: bool) -> RowKind:
+    """What a row is; those of other data than the run's ``own`` need not be preferences."""
+    if method == "sft":
+        return "captions"
+    return "preferences" if own and method in PREFERENCE_METHODS else "references"
+
+
+def _of_split(config: MUNIChusLoadConfig, *, kind: RowKind, with_images: bool) -> Found:
     source, location = find_source(config)
     try:
-        pool = collect(config, source=source, location=location, split=config.split)
+        pool = collect(config, source=source, location=location, split=config.split, kind=kind)
     except MissingSplit as error:
         raise UserError(str(error).replace("--set data.split=NAME", "--split NAME")) from error
     if pool.found:
@@ -104,14 +116,16 @@ def _of_split(config: MUNIChusLoadConfig, *, with_images: bool) -> Found:
     return samples, pool.empty.total(), tuple(pool.bad), others
 
 
-def _held_out(config: MUNIChusLoadConfig, trained: MUNIChusLoadConfig | None, *, with_images: bool) -> Found:
+def _held_out(
+    config: MUNIChusLoadConfig, trained: MUNIChusLoadConfig | None, *, kind: RowKind, with_images: bool
+) -> Found:
     """The rows that a run held out: split as it split them, whatever languages are asked for now."""
     if trained is None:
         raise UserError(
             f"--split {HELDOUT} means the rows that an adapter's run held out: give --adapter with its best.json, or "
             "name a split of the data."
         )
-    entries, empty, bad = held_out_entries(replace(trained, data=config.data), with_images=with_images)
+    entries, empty, bad = held_out_entries(replace(trained, data=config.data), kind=kind, with_images=with_images)
     if not entries:
         raise UserError("the adapter's run held out no rows (data.eval_fraction was 0): name a split with --split.")
     found = Counter(entry.sample.language for entry in entries)

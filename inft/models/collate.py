@@ -83,8 +83,12 @@ class CaptionCollator:
         """Rows dropped so far because they were above max_length."""
         return int(self._counts[1])
 
-    def __call__(self, features: Sequence[Sample | Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return the training batch of some samples, right-padded, with `labels`."""
+    def __call__(self, features: Sequence[Sample | Mapping[str, Any]], *, answers: int = 1) -> dict[str, Tensor]:
+        """Return the training batch of some samples, right-padded, with `labels`.
+
+        With `answers` above 1 the samples are that many lists of equal length, one after the other, whose rows of the
+        same place are answers to one prompt: that prompt is shortened alike for all of them, and no row is dropped.
+        """
         samples = [self._neutral(f["sample"] if isinstance(f, Mapping) else f) for f in features]
         if empty := [where(sample) for sample in samples if not sample.answer]:
             raise UserError(f"{', '.join(empty)}: the answer is empty, so there is nothing to learn. Drop the row.")
@@ -92,7 +96,9 @@ class CaptionCollator:
         batch = self._encode(rows)
         lengths = batch["attention_mask"].sum(1).tolist()
         if max(lengths) > self.max_length:
-            batch = self._encode(self._fit(rows, lengths, self._text))
+            alike = answers > 1
+            rows = self._fit_alike(rows, lengths, answers) if alike else self._fit(rows, lengths, self._text)
+            batch = self._encode(rows)
         supervised = batch.pop("assistant_masks").bool()
         assert bool(supervised.any(1).all()), "every row has a supervised token"
         batch["labels"] = batch["input_ids"].masked_fill(~supervised, IGNORED)
@@ -303,6 +309,21 @@ class CaptionCollator:
         if not fitted:
             names = ", ".join(self._too_long(sample, length) for (sample, _), length in zip(rows, lengths, strict=True))
             raise UserError(f"every row of a batch was dropped: {names}, or set sft.over_length to shorten.")
+        return fitted
+
+    def _fit_alike(
+        self, rows: Sequence[tuple[Sample, Any]], lengths: Sequence[int], answers: int
+    ) -> list[tuple[Sample, Any]]:
+        """The rows with the prompt of each as short as the longest row of the same prompt needs it."""
+        count, fitted = len(rows) // answers, list(rows)
+        for first in range(count):
+            places = range(first, len(rows), count)
+            longest = max(places, key=lengths.__getitem__)
+            if lengths[longest] <= self.max_length:
+                continue
+            ((sample, _),) = self._fit([rows[longest]], [lengths[longest]], self._text, may_drop=False)
+            for place in places:
+                fitted[place] = replace(rows[place][0], prompt=sample.prompt), rows[place][1]
         return fitted
 
     def _too_long(self, sample: Sample, length: int) -> str:

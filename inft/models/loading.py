@@ -137,7 +137,7 @@ def _hub_source(name: str) -> Source:
         RepositoryNotFoundError,
     )
 
-    elsewhere = "use --demo for the embedded model, or --model PATH for a local one"
+    elsewhere = "give a local directory (inft: --model PATH, or --demo for the embedded model)"
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=CONNECT_SECONDS)
     except HFValidationError as error:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "quantization_config
 class Criterion:
     """The figure of the held-out rows that chooses the best adapter and stops a run early."""
 
-    name: str  # "eval_loss", "eval_chrf": in the metrics of an evaluation, in best.json and in the log
+    name: str  # "eval_loss", "eval_chrf", "eval_reward": in the metrics of an evaluation, in best.json and in the log
     metric: Metric
     why: str  # of the adapter that is stored by it
 
@@ -60,10 +60,21 @@ LOSS = Criterion(
 )
 
 
-def criterion_of(sft: SFTParams) -> Criterion:
-    """What ``sft.best_metric`` stands for."""
+REWARD = Criterion(
+    name="eval_reward",
+    metric=Metric(title="reward", decimals=4, higher_is_better=True),
+    why="highest mean reward of the model's own answers to held-out prompts so far",
+)
+
+
+def criterion_of(sft: SFTParams, method: str = "sft") -> Criterion:
+    """What ``sft.best_metric`` stands for in a run of ``method``."""
     if sft.best_metric == "loss":
-        return LOSS
+        return (
+            LOSS if method == "sft" else replace(LOSS, why=f"lowest {method.upper()} loss on the held-out rows so far")
+        )
+    if sft.best_metric == "reward":
+        return REWARD
     metric = METRICS[sft.best_metric]
     why = f"highest {metric.title} of the captions generated for held-out rows so far (higher is better)"
     return Criterion(name=f"eval_{sft.best_metric}", metric=metric, why=why)
@@ -159,7 +170,7 @@ class BestKeeper:
         self.initial = InitialAdapter(model) if params.lora.init == "pissa" else None
         self.base_config_sha256 = config_sha256(model.get_base_model().config)
         self.base_weights_sha256 = weights_fingerprint(model.get_base_model().name_or_path) if is_main() else None
-        self.criterion = criterion_of(params.sft)
+        self.criterion = criterion_of(params.sft, params.method)
 
     def keep(self, step: int, value: float) -> None:
         """Store the adapter as the best one by ``sft.best_metric`` so far."""

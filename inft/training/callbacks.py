@@ -1,5 +1,6 @@
 """What happens between optimizer steps: events to the log, the best adapter, early stopping, a graceful stop."""
 
+import re
 import signal
 import threading
 import time
@@ -15,6 +16,9 @@ from inft.training.best import LOSS, Criterion
 from inft.training.captions import CAPTIONS, Captioned
 from inft.training.processes import any_of, process_count
 from inft.training.runlog import JsonlLogger
+
+OF_LANGUAGE = re.compile(r"eval_(?:loss|reward)_(.+)")
+REWARDS = re.compile(r"eval_(reward|rewards/.+)")  # of answers: their mean, that of each function, how pairs are ranked
 
 
 class TrainerLoggingCallback(TrainerCallback):
@@ -75,16 +79,16 @@ class TrainerLoggingCallback(TrainerCallback):
         """Write an eval event."""
         self._pause()
         metrics = metrics or {}
-        prefix = "eval_loss_"
         self.logger.event(
             "eval",
             step=state.global_step,
             epoch=state.epoch,
             loss=metrics.get("eval_loss"),
             tokens=metrics.get("eval_tokens"),
-            languages={key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)},
+            languages=by_language(metrics),
             seconds=metrics.get("eval_runtime"),
             token_accuracy=metrics.get("eval_mean_token_accuracy"),
+            **{key.removeprefix("eval_"): value for key, value in metrics.items() if REWARDS.fullmatch(key)},
             **_caption_fields(metrics.get(CAPTIONS)),
         )
 
@@ -107,6 +111,12 @@ class TrainerLoggingCallback(TrainerCallback):
         now, window, paused = time.perf_counter(), self._window, self._paused
         self._window, self._paused = (now, tokens), 0.0
         return None if window is None else (tokens - window[1]) / (now - window[0] - paused)
+
+
+def by_language(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Language -> the loss, or the reward, of its held-out rows."""
+    found = ((OF_LANGUAGE.fullmatch(key), value) for key, value in metrics.items())
+    return {match[1]: value for match, value in found if match}
 
 
 def _caption_fields(captioned: Captioned | None) -> dict[str, Any]:
@@ -164,9 +174,9 @@ class BestCallback(TrainerCallback):
     ) -> None:
         """Judge one evaluation."""
         assert metrics is not None
-        value, loss, best = metrics[self.criterion.name], metrics["eval_loss"], self.so_far
-        # A metric of captions may stand at 0 for long while a model still learns: the loss decides there.
-        lower_at_a_tie = value == best.value and best.loss is not None and loss < best.loss
+        value, loss, best = metrics[self.criterion.name], metrics.get("eval_loss"), self.so_far
+        # A metric of captions may stand at 0 for long while a model still learns: the loss decides there, if any.
+        lower_at_a_tie = value == best.value and best.loss is not None and loss is not None and loss < best.loss
         if self.criterion.improves(value, best.value) or lower_at_a_tie:
             if self.keep is not None:
                 self.keep(state.global_step, value)

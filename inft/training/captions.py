@@ -101,7 +101,7 @@ def rows_to_caption(params: TrainParams, heldout: Sequence[Sample]) -> list[Samp
 
     The captions of one picture are one row: all of them come with it.
     """
-    rows = grouped(heldout)
+    rows = grouped([sample for sample in heldout if sample.answer.strip()])  # a prompt may have no caption (grpo, ppo)
     chosen = spread([row[0].language for row in rows], range(len(rows)), params.sft.eval_captions)
     return [sample for number in chosen for sample in rows[number]]
 

@@ -36,6 +36,7 @@ class ContrastFigures:
     n_sft: tuple[int, int]  # fewest and most micro-batches of fine-tuning in an optimizer step
     n_con: tuple[int, int]  # of contrast; in self-alignment each micro-batch is both
     alpha: float  # share of the fine-tuning gradient in the sum, whatever n_sft and n_con
+    joint: bool  # whether each micro-batch has both losses, as in all methods but sft
     negatives: int  # at most, per anchor, from the batches of all processes
     queued: int  # and at most from earlier batches, each row or pair once
     left_out: tuple[int, int]  # fine-tuning and contrastive micro-batches of an epoch that find no step
@@ -143,7 +144,10 @@ def queue_size(params: TrainParams, anchors: int) -> int:
 def contrast_figures(
     params: TrainParams, *, rows: int, pairs: int | None = None, plan: EpochPlan | None = None, processes: int = 1
 ) -> ContrastFigures | None:
-    """The figures of a run over ``rows`` and, when it has any, ``pairs`` and their ``plan``; None without CRAFT."""
+    """The figures of a run over ``rows`` and, when it has any, ``pairs``; None without CRAFT.
+
+    ``plan`` says how batches of pairs come between those of the rows; without one they stand beside them.
+    """
     craft = params.craft
     if not craft.enabled:
         return None
@@ -158,13 +162,18 @@ def contrast_figures(
             left_out = sft_batches - plan.sft_batches, contrastive_batches - plan.contrastive_batches
     sft, con = zip(*windows, strict=True)
     size, anchors = contrastive_batch_size(params), rows if pairs is None else pairs
+    negatives = min(size * processes, anchors) - 1
+    if params.method == "grpo" and pairs is None:  # answers to one prompt are no negatives of each other
+        answers = params.sft.per_device_train_batch_size * accumulated * processes
+        negatives = min(size * processes - 1, answers - params.rl.num_generations)
     return ContrastFigures(
         pairs=pairs,
         rows=size,
         n_sft=(min(sft), max(sft)),
         n_con=(min(con), max(con)),
         alpha=craft.alpha,
-        negatives=min(size * processes, anchors) - 1,
+        joint=params.method != "sft",
+        negatives=negatives,
         queued=queue_size(params, anchors) if craft.negative_strategy == "queue" else 0,
         left_out=left_out,
     )
@@ -173,21 +182,38 @@ def contrast_figures(
 def contrast_lines(params: TrainParams, figures: ContrastFigures) -> list[tuple[str, str]]:
     """The figures in words: (what, how much)."""
     craft = params.craft
-    if figures.pairs is None:
-        source = "self-alignment: each row's prompt finds its own answer among those of the others"
-    else:
-        source = f"{figures.pairs:,} pairs ({craft.pairs}), {figures.rows:,} a micro-batch, {craft.length_strategy}"
-    kinds = f"n_sft {_range(figures.n_sft)}, n_con {_range(figures.n_con)} micro-batches a step"
-    if figures.pairs is None:
-        kinds += ", the same ones"
+    own = params.method.upper() if figures.joint else "fine-tuning"
     balanced = f", weighed further by {craft.gradient_balancing}" if craft.gradient_balancing != "none" else ""
     queue = f" in the batch and up to {figures.queued:,} in the queue" if figures.queued else ""
     return [
-        ("contrast (CRAFT)", source),
-        ("kinds", kinds),
-        ("effective alpha", f"{figures.alpha:g} fine-tuning to {1 - figures.alpha:g} contrast{balanced}"),
+        ("contrast (CRAFT)", _source(params, figures)),
+        ("kinds", _kinds(params, figures)),
+        ("effective alpha", f"{figures.alpha:g} {own} to {1 - figures.alpha:g} contrast{balanced}"),
         ("negatives", f"up to {figures.negatives:,} per anchor{queue}"),
     ]
+
+
+def _source(params: TrainParams, figures: ContrastFigures) -> str:
+    """What is contrasted with what."""
+    craft = params.craft
+    if figures.pairs is None:
+        answer = {"sft": "answer", "dpo": "chosen answer", "orpo": "chosen answer"}.get(
+            params.method, "generated answer"
+        )
+        return f"self-alignment: each row's prompt finds its own {answer} among those of the others"
+    words = f"{figures.pairs:,} pairs ({craft.pairs}), {figures.rows:,}"
+    if figures.joint:
+        return f"{words} beside each micro-batch of {params.method.upper()}, repeated as needed"
+    return f"{words} a micro-batch, {craft.length_strategy}"
+
+
+def _kinds(params: TrainParams, figures: ContrastFigures) -> str:
+    """The micro-batches of a step and what each is for."""
+    if figures.joint:
+        count = figures.n_sft[0]
+        return f"{count} micro-batch{'es' if count > 1 else ''} a step, {'each ' if count > 1 else ''}with both losses"
+    kinds = f"n_sft {_range(figures.n_sft)}, n_con {_range(figures.n_con)} micro-batches a step"
+    return f"{kinds}, the same ones" if figures.pairs is None else kinds
 
 
 def shortage(params: TrainParams, figures: ContrastFigures) -> str | None:

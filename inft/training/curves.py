@@ -26,7 +26,7 @@ PANELS = (
     Panel("learning rate", "log", ("learning_rate",)),
     Panel("gradient norm", "log", ("grad_norm",), logarithmic=True),
 )
-# Drawn below them where a run has them, each group a row: with CRAFT, and with --eval-captions.
+# Drawn below them where a run has them, each group a row: with CRAFT, with --eval-captions, and of the methods.
 MORE_PANELS = (
     (
         Panel("losses of CRAFT", "log", ("loss/craft_contrast", "loss/craft_sft", "loss/craft_total")),
@@ -43,6 +43,14 @@ MORE_PANELS = (
     (
         Panel("captions during training", "eval", ("captions/chrf", "captions/bleu4", "captions/exact")),
         Panel("CIDEr during training", "eval", ("captions/cider",)),
+    ),
+    (
+        Panel("held-out preferences ranked right", "eval", ("rewards/accuracies",)),
+        Panel("reward of the chosen answer less that of the rejected", "eval", ("rewards/margins",)),
+    ),
+    (
+        Panel("reward of sampled answers", "log", ("reward",)),
+        Panel("reward of held-out answers", "eval", ("reward",)),
     ),
 )
 STYLES = ("-", "--", ":", "-.")  # of a panel's keys, where the colour says the run

@@ -1,11 +1,11 @@
 """What a run is going to do, in figures: rows, adapters, tokens, steps and where things will be written."""
 
 import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from rich.console import Console
@@ -28,7 +28,11 @@ from inft.training.contrast import (
 from inft.training.processes import process_count
 from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE
 from params import TrainParams
+from params.methods import RL_METHODS
 from params.presets import lora_targets
+
+if TYPE_CHECKING:
+    from inft.training.methods.method import Method
 
 SAMPLED_ROWS = 32  # rows whose tokens are counted, spread evenly over the training rows
 LONGEST_ROWS = 4  # rows with the longest texts, counted besides for the longest of all
@@ -54,6 +58,7 @@ class Steps:
     effective_batch: int  # rows per optimizer step, of all processes
     accumulated: int = 1  # micro-batches of rows in such a step, of one process
     processes: int = 1
+    unit: str = "rows"  # what the effective batch counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,7 @@ class Plan:
     steps: Steps
     evaluation: Mapping[str, str]  # what -> what is done with the held-out rows, in words
     places: Mapping[str, str]  # what -> where it will be written
+    method: Mapping[str, str] = field(default_factory=dict)  # what -> how much, of the method
     contrast: ContrastFigures | None = None  # of CRAFT
 
 
@@ -84,6 +90,13 @@ def count_steps(params: TrainParams, rows: int, *, windows: EpochPlan | None = N
     else:
         batches = ceil(ceil(rows / sft.per_device_train_batch_size) / processes)
         per_epoch = max(ceil(batches / accumulated), 1)
+    return steps_of(params, per_epoch, accumulated=accumulated, processes=processes)
+
+
+def steps_of(params: TrainParams, per_epoch: int, *, accumulated: int | None = None, processes: int = 1) -> Steps:
+    """The steps of a run that makes so many an epoch; ``accumulated`` micro-batches of rows in each."""
+    sft = params.sft
+    accumulated = sft.gradient_accumulation_steps if accumulated is None else accumulated
     total = sft.max_steps if sft.max_steps is not None else ceil(sft.num_epochs * per_epoch)
     return Steps(
         per_epoch=per_epoch,
@@ -97,18 +110,28 @@ def count_steps(params: TrainParams, rows: int, *, windows: EpochPlan | None = N
 
 def longest(samples: Sequence[Sample], count: int) -> list[Sample]:
     """The samples with the longest texts, the longest first; it takes no tokenizer."""
-    return heapq.nlargest(count, samples, key=lambda sample: len(sample.prompt.text) + len(sample.answer))
+
+    def letters(sample: Sample) -> int:
+        return len(sample.prompt.text) + max(len(sample.answer), len(sample.rejected or ""))
+
+    return heapq.nlargest(count, samples, key=letters)
 
 
-def count_tokens(samples: Sequence[Sample], collator: Any) -> TokenFigures:
-    """Collate SAMPLED_ROWS of the samples and the LONGEST_ROWS, one by one, and count."""
+def count_tokens(
+    samples: Sequence[Sample], collator: Any, sides: "Callable[[Sample], Sequence[Sample]] | None" = None
+) -> TokenFigures:
+    """Collate SAMPLED_ROWS of the samples and the LONGEST_ROWS, one by one, and count; of each all its sides."""
     stride = max(len(samples) // SAMPLED_ROWS, 1)
     lengths, supervised = [], 0
+
+    def batches(sample: Sample) -> list[Any]:
+        return [collator([side]) for side in (sides(sample) if sides else (sample,))]
+
     for sample in samples[::stride][:SAMPLED_ROWS]:
-        batch = collator([sample])
-        lengths.append(int(batch["attention_mask"].sum()))
-        supervised += int((batch["labels"] != -100).sum())
-    extremes = [int(collator([sample])["attention_mask"].sum()) for sample in longest(samples, LONGEST_ROWS)]
+        for batch in batches(sample):
+            lengths.append(int(batch["attention_mask"].sum()))
+            supervised += int((batch["labels"] != -100).sum())
+    extremes = [int(batch["attention_mask"].sum()) for row in longest(samples, LONGEST_ROWS) for batch in batches(row)]
     return TokenFigures(
         rows=len(lengths),
         mean=sum(lengths) / len(lengths),
@@ -125,11 +148,14 @@ def make_plan(
     model: PeftModel,
     spec: ModelSpec,
     collator: Any,
+    method: "Method",
     contrast: Contrast | None = None,
 ) -> Plan:
     """Gather the figures; ``too_long`` counts the rows dropped for their length, ``contrast`` are the pairs, if any."""
     rows, pairs, processes = len(loaded.train), len(contrast.rows) if contrast else None, process_count()
-    windows = plan_windows(params, rows=rows, pairs=pairs, processes=processes) if pairs is not None else None
+    windows = None
+    if pairs is not None and method.mixes_batches:
+        windows = plan_windows(params, rows=rows, pairs=pairs, processes=processes)
     trainable, total = model.get_nb_trainable_parameters()
     targets = lora_targets(params.model, params.training_mode, params.lora)
     return Plan(
@@ -145,8 +171,9 @@ def make_plan(
         coverage=coverage(model, spec, targets),
         trainable=trainable,
         total=total,
-        tokens=count_tokens(loaded.train, collator),
-        steps=count_steps(params, rows, windows=windows, processes=processes),
+        tokens=count_tokens(loaded.train, collator, method.sides),
+        steps=method.steps(params, rows, windows=windows, processes=processes),
+        method={"method": method.title, **method.words(params)},
         evaluation=evaluation_words(params, heldout=len(loaded.heldout)),
         contrast=contrast_figures(params, rows=rows, pairs=pairs, plan=windows, processes=processes),
         places={
@@ -161,7 +188,7 @@ def make_plan(
 
 def evaluation_words(params: TrainParams, *, heldout: int) -> dict[str, str]:
     """What the held-out rows are for: what chooses the best adapter, and how many of them are captioned."""
-    sft, by = params.sft, criterion_of(params.sft)
+    sft, by = params.sft, criterion_of(params.sft, params.method)
     nothing = None
     if not sft.load_best_model_at_end:
         nothing = "sft.load_best_model_at_end is off"
@@ -230,16 +257,18 @@ def _figures_table(params: TrainParams, plan: Plan) -> Table:
     table = Table(title="training", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")  # paths
+    for what, words in plan.method.items():
+        table.add_row(what, words)
     table.add_row(
         "batch",
-        f"{steps.effective_batch:,} rows a step ({sft.per_device_train_batch_size} × "
+        f"{steps.effective_batch:,} {steps.unit} a step ({sft.per_device_train_batch_size} × "
         f"{steps.accumulated} accumulated{f' × {steps.processes} processes' * (steps.processes > 1)})",
     )
     table.add_row("steps", f"{steps.total:,} in all, {steps.per_epoch:,} an epoch, {steps.warmup:,} of warm-up")
+    learnt = "with its caption" if params.method in RL_METHODS else f"{tokens.supervised_share:.0%} supervised"
     table.add_row(
         "tokens",
-        f"{tokens.mean:,.0f} a row ({tokens.rows} rows counted), {tokens.longest:,} in the longest, "
-        f"{tokens.supervised_share:.0%} supervised",
+        f"{tokens.mean:,.0f} a row ({tokens.rows} rows counted), {tokens.longest:,} in the longest, {learnt}",
     )
     for what, words in contrast_lines(params, plan.contrast) if plan.contrast else ():
         table.add_row(what, words)

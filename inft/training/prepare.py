@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from inft.data.batches import Loaded, load_samples
 from inft.data.pairs import LoadedPairs
-from inft.data.rows import BadRow
+from inft.data.rows import BadRow, RowKind
 from inft.models import load_spec
 from inft.models.collate import where
 from inft.models.loading import load_processor
@@ -189,14 +189,22 @@ def say_what_runs(params: TrainParams, console: Console) -> None:
     )
 
 
-def read_inputs(params: TrainParams, checkpoint: Path | None, *, dry_run: bool, console: Console) -> Inputs:
-    """Rows, processor and collator; UserError when a resumed run would read other rows than it began with."""
+Sides = Callable[[Sample], Sequence[Sample]]  # the rows with one answer that a row of the data stands for
+
+
+def read_inputs(
+    params: TrainParams, checkpoint: Path | None, *, kind: RowKind, sides: Sides, dry_run: bool, console: Console
+) -> Inputs:
+    """Rows, processor and collator; UserError when a resumed run would read other rows than it began with.
+
+    ``kind`` says what is read of a row, ``sides`` which rows with one answer it stands for.
+    """
     spec = load_spec(params.model)
     quarantine = None if dry_run or not is_main() else Path(params.output_dir) / QUARANTINE_FILE
-    loaded = read_rows(params, spec, quarantine, console)
+    loaded = read_rows(params, spec, quarantine, console, kind=kind)
     processor = load_processor(spec, params.processor_name, max_image_tiles=params.basic.max_image_tiles)
     collator = spec.collator(processor, max_length=params.basic.max_length, over_length=params.sft.over_length)
-    loaded, too_long = without_long_rows(loaded, params, spec, processor, collator)
+    loaded, too_long = without_long_rows(loaded, params, spec, processor, collator, sides=sides)
     check_captions(params, loaded.heldout)
     contrast = read_contrast(
         params, loaded.train, spec=spec, processor=processor, collator=collator, quarantine_file=quarantine
@@ -218,7 +226,9 @@ def refuse_unlike_rows(fingerprint: str) -> None:
         raise agreed(UserError(message))
 
 
-def read_rows(params: TrainParams, spec: ModelSpec, quarantine: Path | None, console: Console) -> Loaded:
+def read_rows(
+    params: TrainParams, spec: ModelSpec, quarantine: Path | None, console: Console, *, kind: RowKind = "captions"
+) -> Loaded:
     """The rows to train on and those held out; bad ones are counted on the console, with where they will be listed."""
     with console.status("reading rows") as status:
         loaded = load_samples(
@@ -226,6 +236,7 @@ def read_rows(params: TrainParams, spec: ModelSpec, quarantine: Path | None, con
             quarantine_file=quarantine,
             with_images=spec.takes_images,
             on_progress=lambda done: status.update(f"reading rows: {done:,} images checked"),
+            kind=kind,
         )
     _say_left_out(loaded, "row", quarantine, console)
     return loaded
@@ -241,9 +252,9 @@ def _say_left_out(loaded: Loaded | LoadedPairs, what: str, quarantine: Path | No
 
 
 def without_long_rows(
-    loaded: Loaded, params: TrainParams, spec: ModelSpec, processor: Any, collator: Any
+    loaded: Loaded, params: TrainParams, spec: ModelSpec, processor: Any, collator: Any, *, sides: Sides
 ) -> tuple[Loaded, int]:
-    """With over_length="drop": the rows that fit into max_length, and how many did not; else all of them.
+    """With over_length="drop": the rows whose sides fit into max_length, and how many did not; else all of them.
 
     UserError for rows that stay too long however their news text is shortened, or that are too long at all with
     over_length="error": a run must not meet them in the middle of an epoch.
@@ -253,10 +264,11 @@ def without_long_rows(
 
     def too_long(samples: Sequence[Sample]) -> set[int]:
         kept = [replace(sample, prompt=sample.prompt.with_news("")) if shortens else sample for sample in samples]
+        sided = [(i, side) for i, sample in enumerate(kept) for side in sides(sample)]
         # A token has a byte at least: most rows need no tokenizer, and no image, to be known to fit.
-        doubtful = [i for i, s in enumerate(kept) if len((s.prompt.text + s.answer).encode()) > room]
-        lengths = collator.lengths([kept[i] for i in doubtful])
-        return {i for i, length in zip(doubtful, lengths, strict=True) if length > params.basic.max_length}
+        doubtful = [(i, side) for i, side in sided if len((side.prompt.text + side.answer).encode()) > room]
+        lengths = collator.lengths([side for _, side in doubtful])
+        return {i for (i, _), length in zip(doubtful, lengths, strict=True) if length > params.basic.max_length}
 
     long = [too_long(samples) for samples in (loaded.train, loaded.heldout)]
     if not any(long):

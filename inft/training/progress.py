@@ -1,12 +1,14 @@
 """How training shows itself: a bar on a terminal, a line at each log elsewhere."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from inft.training.callbacks import by_language
 from inft.training.captions import CAPTIONS, Captioned
 
 
@@ -54,11 +56,12 @@ class ProgressReport(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show loss and speed."""
+        """Show loss, reward and speed."""
         if logs is None or "loss" not in logs:
             return
-        speed = logs.get("tokens_per_second")
-        figures = f"loss {logs['loss']:.4f}" + (f" · {speed:,.0f} tokens/s" if speed else "")
+        speed, reward = logs.get("tokens_per_second"), logs.get("reward")
+        figures = f"loss {logs['loss']:.4f}" + (f" · reward {reward:.4f}" if reward is not None else "")
+        figures += f" · {speed:,.0f} tokens/s" if speed else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, figures=figures)
         else:
@@ -73,12 +76,9 @@ class ProgressReport(TrainerCallback):
         metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the loss on the held-out rows, and how good the captions of some of them are."""
+        """Show the loss or the reward of the held-out rows, and how good the captions of some of them are."""
         assert metrics is not None
-        prefix = "eval_loss_"
-        languages = [f"{key.removeprefix(prefix)} {metrics[key]:.4f}" for key in metrics if key.startswith(prefix)]
-        parts = f" ({', '.join(languages)})" if len(languages) > 1 else ""
-        self._line(f"step {state.global_step}/{state.max_steps} · held-out loss {metrics['eval_loss']:.4f}{parts}")
+        self._line(f"step {state.global_step}/{state.max_steps} · {heldout_words(metrics)}")
         captioned: Captioned | None = metrics.get(CAPTIONS)
         if captioned is not None:
             self._line(f"step {state.global_step}/{state.max_steps} · captions: {captioned.line}")
@@ -107,6 +107,18 @@ class ProgressReport(TrainerCallback):
 
     def _line(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def heldout_words(metrics: Mapping[str, Any]) -> str:
+    """The figures of the held-out rows in a line: "held-out loss 0.6123 (en 0.5, si 0.7) · accuracy 71.2%"."""
+    name = "loss" if "eval_loss" in metrics else "reward"
+    languages = [f"{code} {value:.4f}" for code, value in by_language(metrics).items()]
+    parts = f" ({', '.join(languages)})" if len(languages) > 1 else ""
+    words = f"held-out {name} {metrics[f'eval_{name}']:.4f}{parts}"
+    if "eval_rewards/accuracies" in metrics:
+        words += f" · chosen above rejected {metrics['eval_rewards/accuracies']:.1%}"
+        words += f", by {metrics['eval_rewards/margins']:.4f}"
+    return words
 
 
 def duration(seconds: float) -> str:

@@ -137,7 +137,7 @@ def _choices(output_dir: Path) -> str:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What CaptionTrainer saved in a checkpoint beside the state of transformers."""
+    """What RunTrainer saved in a checkpoint beside the state of transformers."""
     state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     return state
 
@@ -234,7 +234,7 @@ def _foreign_files(output_dir: Path, best_dir: Path) -> list[str]:
 def changed_parameters(before: TrainParams, now: TrainParams) -> Iterator[tuple[str, Any, Any, bool]]:
     """(dotted name, old, new, harmless) of every parameter that differs between a run and its continuation."""
     old, new = dict(_flat(asdict(before))), dict(_flat(asdict(now)))
-    chosen_by_captions = before.sft.best_metric != "loss"
+    chosen_by_captions = before.sft.best_metric not in ("loss", "reward")
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             harmless = any(_matches(name, pattern) for pattern in HARMLESS)

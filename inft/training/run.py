@@ -19,17 +19,18 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from inft.data.batches import write_quarantine
-from inft.data.pairs import group_ids
 from inft.models.loading import load_model
 from inft.models.spec import ModelSpec
+from inft.sample import Sample
 from inft.training.adapters import add_adapters
 from inft.training.best import BestKeeper, criterion_of, read_best
 from inft.training.callbacks import BestCallback, BestSoFar, GracefulStop, TrainerLoggingCallback, sigterm_interrupts
-from inft.training.captions import heldout_captions
 from inft.training.contrast import shortage_told_once
 from inft.training.guards import GuardResult, run_guards
 from inft.training.hardware import hardware, peak_memory, versions
-from inft.training.plan import Plan, Steps, log_file, make_plan, show_parameters, show_plan
+from inft.training.methods import load_method
+from inft.training.methods.method import Method, Setup
+from inft.training.plan import Plan, log_file, make_plan, show_parameters, show_plan
 from inft.training.prepare import (
     Inputs,
     draw_apart,
@@ -54,12 +55,10 @@ from inft.training.processes import (
 from inft.training.progress import ProgressReport
 from inft.training.quantise import after_quantised_load, quantization_config
 from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE, delete_run, refuse_missing_best
-from inft.training.rows import RowCollator
 from inft.training.runlog import JsonlLogger
-from inft.training.sft import sft_config
+from inft.training.runtrainer import RunTrainer
 from inft.training.storage import write_text
-from inft.training.trainer import CaptionTrainer
-from params import SFTParams, TrainParams, UserError
+from params import TrainParams, UserError
 from params.presets import lora_targets
 from params.resolve import dump_yaml
 
@@ -109,18 +108,20 @@ def fit(
         together(lambda: prepare_process(params, console))
         log, progress = stack.enter_context(_told(None if dry_run else log_file(params), console))
 
-        inputs = together(lambda: read_inputs(params, checkpoint, dry_run=dry_run, console=console))
+        method = together(lambda: _method(params))
+        inputs = together(lambda: _inputs(params, method, checkpoint, dry_run=dry_run, console=console))
         refuse_unlike_rows(inputs.fingerprint)
         log.event("run_start", **_run_start(params, inputs, checkpoint))
         model = together(lambda: _adapted_model(params, inputs.spec, console))
         keeper = BestKeeper(params, model=model, processor=inputs.processor, log=log)
-        plan = _shown_plan(params, inputs, model, dry_run=dry_run, console=console)
+        plan = _shown_plan(params, method, inputs, model, dry_run=dry_run, console=console)
 
         stop = GracefulStop(tell=console.print)
         callbacks = [TrainerLoggingCallback(log), progress, stop]
         scratch = stack.enter_context(TemporaryDirectory()) if dry_run else None  # a Trainer makes its directory
-        trainer = _trainer(params, inputs, model, keeper, plan.steps, callbacks, Path(scratch or params.output_dir))
-        batches = guard_batches(inputs.loaded.train, params.sft.per_device_train_batch_size, inputs.collator)
+        setup = _setup(params, inputs, model, keeper, plan, callbacks, Path(scratch or params.output_dir))
+        trainer = together(lambda: method.trainer(setup))
+        batches = _guard_batches(params, method, inputs)
         guards = partial(run_guards, forward=trainer.score, report=_reporter(log, console))
         together(lambda: guards(model, inputs.spec, inputs.processor, batches))
         if dry_run:
@@ -168,7 +169,28 @@ def _adapted_model(params: TrainParams, spec: ModelSpec, console: Console) -> Pe
     return add_adapters(base, spec, params.lora, targets, seed=params.basic.seed)
 
 
-def _shown_plan(params: TrainParams, inputs: Inputs, model: PeftModel, *, dry_run: bool, console: Console) -> Plan:
+def _method(params: TrainParams) -> Method:
+    """The run's method; UserError when the libraries or the parameters do not allow it."""
+    method = load_method(params.method)
+    method.check(params)
+    return method
+
+
+def _inputs(params: TrainParams, method: Method, checkpoint: Path | None, *, dry_run: bool, console: Console) -> Inputs:
+    kind = method.row_kind(params)
+    return read_inputs(params, checkpoint, kind=kind, sides=method.sides, dry_run=dry_run, console=console)
+
+
+def _guard_batches(params: TrainParams, method: Method, inputs: Inputs) -> list[tuple[list[Sample], Any]]:
+    """The batches that the guards look at: of a preference both answers."""
+    rows = [list(method.sides(sample)) for sample in inputs.loaded.train]
+    size = params.sft.per_device_train_batch_size * len(rows[0])
+    return guard_batches([side for row in rows for side in row], size, inputs.collator)
+
+
+def _shown_plan(
+    params: TrainParams, method: Method, inputs: Inputs, model: PeftModel, *, dry_run: bool, console: Console
+) -> Plan:
     """The plan of a run, after it was printed; a dry run prints the parameters too."""
     plan = make_plan(
         params,
@@ -177,6 +199,7 @@ def _shown_plan(params: TrainParams, inputs: Inputs, model: PeftModel, *, dry_ru
         model=model,
         spec=inputs.spec,
         collator=inputs.collator,
+        method=method,
         contrast=inputs.contrast,
     )
     if dry_run:
@@ -185,42 +208,37 @@ def _shown_plan(params: TrainParams, inputs: Inputs, model: PeftModel, *, dry_ru
     return plan
 
 
-def _trainer(
+def _setup(
     params: TrainParams,
     inputs: Inputs,
     model: PeftModel,
     keeper: BestKeeper,
-    steps: Steps,
+    plan: Plan,
     callbacks: Sequence[TrainerCallback],
     output_dir: Path,
-) -> CaptionTrainer:
-    """The trainer of a run, writing to ``output_dir``."""
-    loaded = inputs.loaded
-    ids = group_ids(loaded.train) if params.craft.enabled else None
-    pairs = inputs.contrast.rows if inputs.contrast is not None else None
-    anchors = len(loaded.train if pairs is None else pairs)
-    return CaptionTrainer(
+) -> Setup:
+    """What the trainer of a run is made of, writing to ``output_dir``."""
+    best, steps = _judge(params, keeper), plan.steps
+    return Setup(
+        params=params,
+        inputs=inputs,
         model=model,
-        args=sft_config(params, output_dir=output_dir, steps=steps, evaluate=bool(loaded.heldout), anchors=anchors),
-        rows=RowCollator(loaded.train, loaded.heldout, inputs.collator, ids=ids),
-        pairs=pairs,
-        processor=inputs.processor,
-        best=_judge(params.sft, keeper),
-        keep_checkpoints=params.sft.save_total_limit,
-        captions=heldout_captions(params, loaded.heldout, inputs.collator),
+        steps=steps,
+        best=best,
         callbacks=callbacks,
-        fingerprint=inputs.fingerprint,
+        output_dir=output_dir,
     )
 
 
-def _judge(sft: SFTParams, keeper: BestKeeper) -> BestCallback:
+def _judge(params: TrainParams, keeper: BestKeeper) -> BestCallback:
     """What follows from each evaluation."""
+    sft = params.sft
     return BestCallback(
         BestSoFar(),
         keep=keeper.keep if sft.load_best_model_at_end else None,
         patience=sft.early_stopping_patience,
         threshold=sft.early_stopping_threshold,
-        criterion=criterion_of(sft),
+        criterion=criterion_of(sft, params.method),
     )
 
 
@@ -228,6 +246,7 @@ def _run_start(params: TrainParams, inputs: Inputs, checkpoint: Path | None) -> 
     loaded = inputs.loaded
     return {
         "task": params.task,
+        "method": params.method,
         "params": asdict(params),
         "versions": versions(),
         "hardware": hardware(),
@@ -277,7 +296,7 @@ def _reporter(log: JsonlLogger, console: Console) -> Callable[[GuardResult], Non
 
 
 def _finish(
-    params: TrainParams, trainer: CaptionTrainer, keeper: BestKeeper, train_loss: float | None, *, interrupted: bool
+    params: TrainParams, trainer: RunTrainer, keeper: BestKeeper, train_loss: float | None, *, interrupted: bool
 ) -> RunResult:
     """Store the last step where no evaluation chose one, and say how the run ended."""
     status: Status = "finished"
@@ -291,7 +310,7 @@ def _finish(
     return _result(params, trainer, train_loss, status=status)
 
 
-def _result(params: TrainParams, trainer: CaptionTrainer, train_loss: float | None, *, status: Status) -> RunResult:
+def _result(params: TrainParams, trainer: RunTrainer, train_loss: float | None, *, status: Status) -> RunResult:
     best = read_best(Path(params.best_model_dir)) or {}
     return RunResult(
         output_dir=Path(params.output_dir),
@@ -310,7 +329,7 @@ def _say_goodbye(params: TrainParams, result: RunResult, console: Console) -> No
     if result.status == "interrupted":
         lines = [f"stopped after step {result.global_step}; go on with:", f"  {resume_command(params)}"]
     else:
-        by = criterion_of(params.sft)
+        by = criterion_of(params.sft, params.method)
         value = f", {by.said(result.best_metric)}" if result.best_metric is not None else ""
         still = f"the {by.title} no longer {'rises' if by.metric.higher_is_better else 'falls'}"
         word = f"stopped early, {still}" if result.status == "early_stopped" else "finished"

@@ -22,9 +22,10 @@ EVENTS: Mapping[str, frozenset[str]] = {
     "run_start": frozenset({"task", "params", "versions", "hardware", "data", "resumed_from_step"}),
     "guard": frozenset({"name", "ok", "detail"}),
     "log": frozenset({"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"}),
-    "eval": frozenset({"step", "epoch", "loss", "tokens", "languages", "seconds"}),  # languages: code -> loss
+    # languages: code -> loss, or reward where answers are rewarded (grpo, ppo), which have no loss
+    "eval": frozenset({"step", "epoch", "loss", "tokens", "languages", "seconds"}),
     "checkpoint": frozenset({"step", "path"}),
-    "best": frozenset({"step", "metric", "value", "path"}),  # metric: eval_loss, eval_chrf, …; null: the last step
+    "best": frozenset({"step", "metric", "value", "path"}),  # metric: eval_loss, eval_reward, …; null: the last step
     "error": frozenset({"kind", "message"}),
     # best_metric: the value of the best event's metric
     "run_end": frozenset({"status", "step", "best_step", "best_metric", "seconds", "peak_rss_bytes", "peak_gpu_bytes"}),

@@ -139,7 +139,7 @@ def test_a_description_has_the_comment_and_the_default():
         ("lora.dropout", "number, at least 0 and below 1"),
         ("lora.bias", "none|all|lora_only"),
         ("sft.report_to", "list of wandb|tensorboard|mlflow|trackio"),
-        ("data.columns", "mapping of image|title|content|caption|language to text"),
+        ("data.columns", "mapping of image|title|content|caption|language|prompt|chosen|rejected to text"),
         ("basic.gen_do_sample", "true|false"),
         ("basic.device_map", "text; or none"),
     ],

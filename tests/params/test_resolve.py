@@ -97,7 +97,7 @@ def test_every_error_is_listed_at_once_with_its_place_and_a_suggestion(tmp_path)
         ("basic.gen_temperature=0.5", "basic.gen_temperature has no effect in inft train"),
         ("basic.gen_max_new_tokens=9", "only a demo on the sample set and --eval-captions generate captions"),
         ("sft.best_metric=chrf", "add --eval-captions N, such as 64, or leave --best-metric out"),
-        ("sft.best_metric=meteor", "'loss', 'chrf', 'bleu4', 'cider' or 'exact', got 'meteor'"),
+        ("sft.best_metric=meteor", "'loss', 'chrf', 'bleu4', 'cider', 'exact' or 'reward', got 'meteor'"),
         ("sft.eval_captions=-1", "at least 0"),
         ("basic.metric_dir=tables", "basic.metric_dir has no effect in inft train"),
         ("data.cjk_tokens=ja", "data.cjk_tokens has no effect in inft train without captions to score"),
@@ -165,7 +165,10 @@ def test_entries_of_a_mapping_are_set_one_by_one_and_add_up(tmp_path):
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("data.columns.captoin=text", "should be 'image', 'title', 'content', 'caption' or 'language', got 'captoin'"),
+        (
+            "data.columns.captoin=text",
+            "should be 'image', 'title', 'content', 'caption', 'language', 'prompt', 'chosen' or 'rejected', got",
+        ),
         ("data.columns.=text", "data.columns. is not a parameter"),
         ("data.languages.en=English", "data.languages.en is not a parameter"),
         ("sft.lr.max=1", "sft.lr.max is not a parameter"),
@@ -185,7 +188,8 @@ def test_every_set_that_the_readme_and_the_messages_tell_users_to_type_resolves(
     for override in told:
         if override != "section.field=value":
             needed = {"craft_pairs": "translations", "craft": True} if override.startswith("craft.") else {}
-            resolve_train("aya", overrides=[re.sub(r"\{\w+\}", "title", override)], flags=needed)
+            method = "grpo" if override.startswith("rl.") else None
+            resolve_train("aya", method=method, overrides=[re.sub(r"\{\w+\}", "title", override)], flags=needed)
 
 
 def test_a_model_brings_its_processor_unless_one_is_named():

@@ -30,7 +30,7 @@ def values(hint):
         return st.lists(values(get_args(hint)[0]), max_size=3).map(tuple)
     if get_args(hint):
         return st.dictionaries(*(values(arm) for arm in get_args(hint)), max_size=3)
-    return {bool: st.booleans(), str: TEXT}[hint]
+    return {bool: st.booleans(), str: TEXT, float: st.floats(allow_nan=False)}[hint]
 
 
 def section(name):

@@ -24,12 +24,12 @@ from inft.models import load_spec
 from inft.models.loading import load_model, load_processor
 from inft.sample import Prompt, Sample
 from inft.training.adapters import add_adapters
-from inft.training.best import read_best
+from inft.training.best import criterion_of, read_best
 from inft.training.captions import HeldoutCaptions, rows_to_caption
 from inft.training.resume import checkpoints, refuse_changed_parameters
 from inft.training.run import fit
 from inft.training.runlog import read_events
-from params import CraftParams, TrainParams, UserError
+from params import CraftParams, SFTParams, TrainParams, UserError
 from params.presets import lora_targets
 from params.resolve import dump_yaml, resolve_train
 from params.sft import BestMetric
@@ -57,7 +57,9 @@ def test_the_best_adapter_is_chosen_by_the_loss_or_by_a_metric_that_has_a_direct
     loss, *metrics = get_args(BestMetric)
     assert loss == "loss"
     assert metrics
-    assert all(METRICS[name].higher_is_better is not None for name in metrics)
+    criteria = [criterion_of(SFTParams(best_metric=name)) for name in metrics]
+    assert all(criterion.metric.higher_is_better for criterion in criteria)
+    assert [criterion.name for criterion in criteria] == [f"eval_{name}" for name in metrics]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from inft.sample import Pair, Prompt, Sample
 from inft.training.adapters import add_adapters
 from inft.training.callbacks import TrainerLoggingCallback
 from inft.training.contrast import contrast_figures, contrast_lines, plan_windows, read_contrast, shortage
+from inft.training.methods import load_method
 from inft.training.plan import Steps, count_steps, make_plan, show_plan
 from inft.training.prepare import read_inputs
 from inft.training.rows import PairRows, RowCollator
@@ -251,12 +252,20 @@ def test_the_queue_holds_no_more_than_there_are_pairs(make_params: Make, anchors
 
 def test_the_whole_plan_of_a_run_on_translations(make_params: Make, translated: Path) -> None:
     params = make_params(data__data=str(translated), craft=CraftParams(enabled=True, pairs="translations"))
-    inputs = read_inputs(params, None, dry_run=True, console=QUIET)
+    method = load_method("sft")
+    inputs = read_inputs(params, None, kind="captions", sides=method.sides, dry_run=True, console=QUIET)
     contrast = contrast_of(params, inputs.loaded.train)
     base = load_model(inputs.spec, params.model_name, basic=params.basic, quantization_config=None)
     model = add_adapters(base, inputs.spec, params.lora, lora_targets("text", "basic", params.lora), seed=0)
     plan = make_plan(
-        params, inputs.loaded, 0, model=model, spec=inputs.spec, collator=inputs.collator, contrast=contrast
+        params,
+        inputs.loaded,
+        0,
+        model=model,
+        spec=inputs.spec,
+        collator=inputs.collator,
+        method=method,
+        contrast=contrast,
     )
     console = Console(record=True, width=140, file=StringIO())
     show_plan(console, params, plan)
@@ -271,6 +280,7 @@ def test_the_whole_plan_of_a_run_on_translations(make_params: Make, translated: 
         model=model,
         spec=inputs.spec,
         collator=inputs.collator,
+        method=method,
     )
     assert plain.contrast is None
 

@@ -33,17 +33,17 @@ FAMILIES: dict[str, Any] = {
     "scaled": lambda: Cohere2ForCausalLM(Cohere2Config(**SIZES, logit_scale=0.25)),
     "softcapped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0)),
 }
-OUTPUTS = ("log_probs", "entropy", "is_top1")
+OUTPUTS = ("log_probs", "entropy", "is_top1", "mean_logits")
 
 
-def both_heads(family: str, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
+def both_heads(family: str, dtype: torch.dtype, temperature: float = 1.0) -> tuple[torch.nn.Module, torch.nn.Module]:
     models = []
     for _ in range(2):
         torch.manual_seed(1)
         model = FAMILIES[family]().to(dtype)
-        add_fused_lm_head(model, outputs=OUTPUTS)
+        add_fused_lm_head(model, temperature=temperature, outputs=OUTPUTS)
         models.append(model)
-    head.add_compact_head(models[1])
+    head.add_compact_head(models[1], temperature=temperature)
     return models[0], models[1]
 
 
@@ -59,10 +59,11 @@ def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_compact_head_equals_trls(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compact_head_equals_trls(family: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "POSITIONS_AT_ONCE", 4)  # several chunks in a small batch
-    theirs, ours = both_heads(family, torch.float32)
+    theirs, ours = both_heads(family, torch.float32, temperature)
     expected, found = (model(**batch(), fused_lm_head=True, use_cache=False) for model in (theirs, ours))
     for field in ("loss", *OUTPUTS, "label_mask"):
         torch.testing.assert_close(found[field], expected[field], atol=1e-6, rtol=1e-6)

@@ -13,12 +13,12 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from inft.sample import Prompt, Sample
-from inft.training import run
 from inft.training.plan import count_steps, log_file
 from inft.training.prepare import guard_batches
 from inft.training.resume import checkpoints
 from inft.training.run import fit
 from inft.training.runlog import COMMON, EVENTS, read_events
+from inft.training.trainer import CaptionTrainer
 from params import TrainParams, UserError
 from params.resolve import load_params, resolve_train
 
@@ -107,12 +107,12 @@ class SignalAt(TrainerCallback):
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     def arrange(step: int, times: int) -> None:
-        begin = run.CaptionTrainer.__init__
+        begin = CaptionTrainer.__init__
 
         def init(self: Any, **options: Any) -> None:
             begin(self, **{**options, "callbacks": [*options["callbacks"], SignalAt(step, times)]})
 
-        monkeypatch.setattr(run.CaptionTrainer, "__init__", init)
+        monkeypatch.setattr(CaptionTrainer, "__init__", init)
 
     return arrange
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from inft.training.best import BestKeeper
+from inft.training.callbacks import BestCallback, BestSoFar
+from inft.training.methods import load_method
+from inft.training.methods.method import Setup
 from inft.training.plan import Steps
 from inft.training.prepare import read_inputs
-from inft.training.run import _adapted_model, _trainer, fit
-from inft.training.runlog import JsonlLogger, read_events
+from inft.training.run import _adapted_model, fit
+from inft.training.runlog import read_events
 from inft.training.sft import sft_config
 from params import SFTParams, TrainParams, UserError
 from params.resolve import resolve_train
@@ -95,10 +97,13 @@ def test_checkpointing_keeps_the_frozen_vision_tower_out_of_the_backward_pass(fa
         overrides=("sft.gradient_checkpointing=true", "data.max_rows_per_lang=4", "sft.max_steps=1"),
         flags={"output_dir": str(tmp_path / "run")},
     )
-    inputs = read_inputs(params, None, dry_run=True, console=QUIET)
+    method = load_method("sft")
+    inputs = read_inputs(params, None, kind="captions", sides=method.sides, dry_run=True, console=QUIET)
     model = _adapted_model(params, inputs.spec, QUIET)
-    keeper = BestKeeper(params, model=model, processor=inputs.processor, log=JsonlLogger(None))
-    trainer = _trainer(params, inputs, model, keeper, STEPS, [], tmp_path)
+    best = BestCallback(BestSoFar(), keep=None, patience=0, threshold=0.0)
+    trainer = method.trainer(
+        Setup(params=params, inputs=inputs, model=model, steps=STEPS, best=best, callbacks=[], output_dir=tmp_path)
+    )
     needed: list[bool] = []
     inner = model.get_base_model().model
     tower = getattr(inner, "vision_model", None) or inner.vision_tower

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from inft.data.batches import load_samples
 from inft.models import load_spec
 from inft.models.loading import load_model, load_processor
-from inft.training import trainer as trainer_module
+from inft.training import runtrainer
 from inft.training.best import read_best
 from inft.training.resume import checkpoints, damage
 from inft.training.rows import RowCollator
@@ -137,14 +137,14 @@ def test_a_full_disk_while_a_checkpoint_is_saved_keeps_the_earlier_ones(
     make_params: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = make_params()
-    save = trainer_module.save_adapter
+    save = runtrainer.save_adapter
 
     def fill_up(model: Any, directory: Path) -> None:
         if directory.name == "checkpoint-6":
             raise OSError(28, "No space left on device")
         save(model, directory)
 
-    monkeypatch.setattr(trainer_module, "save_adapter", fill_up)
+    monkeypatch.setattr(runtrainer, "save_adapter", fill_up)
     with pytest.raises(UserError, match=r"checkpoint-6 could not be saved .*the disk is full"):
         fit(params, console=QUIET)
     ((step, path),) = checkpoints(Path(params.output_dir))

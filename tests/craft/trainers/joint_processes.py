@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from joint_trainers import make_joint, method_rows, preference_rows
-from tiny_runs import tiny_llama
+from tiny_runs import pair_rows, tiny_llama
 from transformers import AutoTokenizer
 from two_processes import everyones, identical_everywhere
 
@@ -60,6 +60,9 @@ def main(out: Path) -> None:
         "dpo pairs": run(out, "b", "dpo", "paired_dataset", craft_gradient_balancing="pcgrad"),
         "grpo self_align": run(out, "c", "grpo", "self_align", rows=method_rows("grpo")),
         "grpo pairs": run(out, "d", "grpo", "paired_dataset", craft_gradient_clip_per_task=True),
+        "dpo streamed pairs": run(
+            out, "f", "dpo", "paired_dataset", pairs=pair_rows(10).to_iterable_dataset(), craft_alpha=0.5
+        ),
         "orpo self_align": run(out, "e", "orpo", "self_align"),
         "resumed": everyones(resumed(out)),
         "moved": gradients_of_both(out),

@@ -13,7 +13,7 @@ from joint_trainers import make_joint, preference_rows
 from tiny_runs import tiny_llama
 
 SCRIPT = Path(__file__).with_name("joint_processes.py")
-RUNS = ["dpo self_align", "dpo pairs", "grpo self_align", "grpo pairs", "orpo self_align"]
+RUNS = ["dpo self_align", "dpo pairs", "dpo streamed pairs", "grpo self_align", "grpo pairs", "orpo self_align"]
 
 
 @pytest.fixture(scope="module")

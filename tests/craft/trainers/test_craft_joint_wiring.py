@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from craft import CRAFTCollator, CRAFTDPOConfig, CRAFTDPOTrainer, CRAFTORPOConfig
+from craft.preferences import check_preferences
 from craft.trainers.orpo import CRAFTORPOTrainer
 
 STRATEGIES = ["self_align", "paired_dataset"]
@@ -176,7 +177,101 @@ def test_orpo_gives_the_model_what_a_batch_holds_beside_its_texts(vlm, tmp_path,
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("method", ["dpo", "orpo", "kto"])
+def test_rows_of_one_sample_are_no_negatives_of_each_other(method, tmp_path, tokenizer):
+    rows = method_rows(method)
+    trainer = make_joint(method, tmp_path, tokenizer, rows=rows.add_column("id", ["the same"] * len(rows)))
+    with pytest.warns(UserWarning, match="nothing to contrast"):
+        trainer.train()
+    assert trainer.craft_metrics["loss/craft_contrast"] == 0
+
+
+def test_a_second_run_begins_with_the_first_pairs_again(tmp_path, tokenizer):
+    trainer = make_joint("dpo", tmp_path, tokenizer, strategy="paired_dataset", dataloader_num_workers=1)
+    seen = taken_pairs(trainer)
+    for _ in range(2):
+        trainer.train()
+        assert trainer._craft_stream._batches is None  # and its workers with it
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+class Judge:
+    """A reward that is called as an asynchronous function."""
+
+    __name__ = "judge"
+
+    async def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_an_asynchronous_reward_object_is_called_as_trl_calls_it(method, tmp_path, tokenizer):
+    trainer = make_joint(method, tmp_path, tokenizer, max_steps=1, trainer={"reward_funcs": Judge()})
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/judge/mean"] > 0
+
+
+def test_the_plan_counts_no_completion_of_the_same_prompt(tmp_path, tokenizer):
+    trainer = make_joint(
+        "grpo", tmp_path, tokenizer, gradient_accumulation_steps=1, per_device_train_batch_size=6, num_generations=2
+    )
+    assert trainer.craft_plan.negatives_per_anchor == 4
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": ""}], "image": "pixels"},
+        {"chosen": [{"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}]},
+    ],
+)
+def test_what_says_something_without_a_text_is_not_empty(row):
+    messages = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    rows = [{"prompt": [{"role": "user", "content": "Q"}], **messages, **row}]
+    check_preferences(Dataset.from_list(rows))
+
+
 # What is refused
+
+
+def test_a_generation_batch_of_one_prompt_has_nothing_to_contrast(tmp_path, tokenizer):
+    settings = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4}
+    with pytest.raises(ValueError, match=r"the 4 completions of a generation batch are all of one prompt"):
+        make_joint("grpo", tmp_path, tokenizer, **settings)
+    assert make_joint("grpo", tmp_path, tokenizer, **settings, craft_negative_strategy="queue").craft_enabled
+    assert make_joint("grpo", tmp_path, tokenizer, **settings, craft_alpha=1.0) is not None
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_hidden_states_that_nobody_asks_for_are_refused(method, tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="craft_use_hidden_state_hook=False asks the model for hidden states"):
+        make_joint(method, tmp_path, tokenizer, craft_use_hidden_state_hook=False)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "kto", "reward"])
+def test_rows_that_cannot_be_learned_from_are_named(method, tmp_path, tokenizer):
+    rows = method_rows(method, 8).to_list()
+    rows[3]["prompt"] = " "
+    with pytest.raises(ValueError, match="row 3: prompt is empty"):
+        make_joint(method, tmp_path, tokenizer, rows=Dataset.from_list(rows), strategy="paired_dataset")
+
+
+def test_answers_that_max_length_cuts_away_are_named(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"row \d: nothing of its (chosen|rejected) answer is left within max_length"):
+        make_joint("orpo", tmp_path, tokenizer, max_length=12)
+
+
+def test_no_row_at_all_is_told(tmp_path, tokenizer):
+    trainer = make_joint("dpo", tmp_path, tokenizer)
+    trainer.train_dataset = trainer.train_dataset.select([])
+    with pytest.raises(ValueError, match="no SFT row is left"):
+        trainer.get_train_dataloader()
+
+
+def test_pairs_that_do_not_fill_a_batch_are_told(tmp_path, tokenizer):
+    trainer = make_joint("dpo", tmp_path, tokenizer, strategy="paired_dataset", pairs=pair_rows(3).select([]))
+    with pytest.raises(ValueError, match=r"the 0 pairs do not fill one batch of 4 .* Give more pairs\."):
+        trainer.train()
 
 
 @pytest.mark.parametrize("strategy", ["cap", "error"])

@@ -1,0 +1,129 @@
+"""Proximal policy optimisation (PPO): answers that are worth more than a learnt value says are made likelier."""
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from craft.collate import SAMPLE_IDS
+from craft.config import CRAFTPPOConfig
+from craft.ppo.experience import Batch
+from craft.schedule import EpochPlan
+from craft.trainers import CRAFTPPOTrainer
+from inft.rewards.load import load_rewards
+from inft.training.arguments import on_one_device
+from inft.training.head import add_compact_head
+from inft.training.methods.grpo import heldout_rewards, reward_words, row_kind, sampling_words
+from inft.training.methods.method import Method, Setup
+from inft.training.plan import Steps, steps_of
+from inft.training.processes import is_main
+from inft.training.rewarded import RewardedTrainer, trainer_rewards, with_an_answer
+from inft.training.rows import RowCollator
+from params import TrainParams
+
+
+class PPORunTrainer(RewardedTrainer, CRAFTPPOTrainer):
+    """Our PPO with CRAFT beside it, on prompts with an image or without."""
+
+    def __init__(self, *, model: PeftModel, rows: RowCollator, **run: Any) -> None:
+        super().__init__(model=model, rows=rows, prompt_collator=self._prompts, **run)
+        add_compact_head(model.get_base_model())  # which the guards score with
+        self._total_train_tokens = 0
+
+    def _prompts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The prompts of some rows as their family writes them, images included."""
+        prompts: dict[str, Tensor] = self.rows.collator.prompts(self.samples([row["row"] for row in rows]))
+        return prompts
+
+    def _roll_out(self, rows: Sequence[Mapping[str, Any]]) -> list[Batch]:
+        batches: list[Batch] = super()._roll_out(rows)
+        tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum()
+        self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
+        numbers = [row["row"] for row in rows]
+        if SAMPLE_IDS in batches[0]:
+            sizes = [len(batch["completion_mask"]) for batch in batches]
+            for batch, ids_B in zip(batches, self.group_ids(numbers).split(sizes), strict=True):
+                batch[SAMPLE_IDS] = ids_B
+        return batches
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """PPO's figures since the last log, and the tokens of all rollouts so far."""
+        if "loss" in logs:
+            logs["num_tokens"] = self._total_train_tokens
+        super().log(logs, *args, **kwargs)
+
+    def window_sums(self) -> dict[str, Any]:
+        """Tokens and sums as PPO keeps them."""
+        return {"tokens": self._total_train_tokens, "metrics": self._journal.meter.totals(self._journal.names)}
+
+    def restore_sums(self, window: Mapping[str, Any]) -> None:
+        """Put back what ``window_sums`` gave."""
+        self._total_train_tokens = window["tokens"]
+        if is_main():  # the sums are those of all processes
+            self._journal.meter.load(window["metrics"])
+
+
+def trainer(setup: Setup) -> PPORunTrainer:
+    """The trainer of a run."""
+    rl = setup.params.rl
+    args = CRAFTPPOConfig(
+        **setup.arguments(),
+        max_completion_length=rl.max_completion_length,
+        temperature=rl.temperature,
+        top_p=rl.top_p,
+        kl_coef=rl.kl_coef,
+        cliprange=rl.epsilon,
+        num_ppo_epochs=rl.num_iterations,
+        gamma=rl.gamma,
+        lam=rl.gae_lambda,
+        vf_coef=rl.vf_coef,
+        cliprange_value=rl.cliprange_value,
+        whiten_advantages=rl.whiten_advantages,
+        reward_weights=list(rl.reward_weights) or None,
+        disable_dropout=False,  # lora.dropout says how much
+    )
+    rows = setup.rows(setup.inputs.collator)
+    return PPORunTrainer(
+        args=on_one_device(args),
+        rows=rows,
+        reward_funcs=trainer_rewards(load_rewards(rl.rewards), rows),
+        heldout_rewards=heldout_rewards(setup),
+        **setup.run(),
+    )
+
+
+def steps(params: TrainParams, rows: int, *, windows: EpochPlan | None = None, processes: int = 1) -> Steps:
+    """Optimizer steps as PPOTrainer makes them: the passes over each rollout, the last one filled up."""
+    group = params.sft.per_device_train_batch_size * params.sft.gradient_accumulation_steps * processes
+    return steps_of(params, ceil(rows / group) * params.rl.num_iterations, processes=processes)
+
+
+def words(params: TrainParams) -> dict[str, str]:
+    """The method in the plan."""
+    rl = params.rl
+    kl = f"KL to the base model {rl.kl_coef:g}" if rl.kl_coef else "no KL term"
+    return {
+        "rewards": f"{reward_words(params)}; {kl}",
+        "answers": f"one to each prompt, {sampling_words(params)}",
+        "loss": f"{rl.num_iterations} passes over each batch of answers, ratio clipped at {rl.epsilon:g}, GAE lambda "
+        f"{rl.gae_lambda:g}, gamma {rl.gamma:g}, value loss {rl.vf_coef:g}",
+    }
+
+
+def check(params: TrainParams) -> None:
+    """UserError for rewards that there are not."""
+    load_rewards(params.rl.rewards)
+
+
+METHOD = Method(
+    title="proximal policy optimisation (PPO)",
+    trainer=trainer,
+    row_kind=row_kind,
+    words=words,
+    check=check,
+    sides=with_an_answer,
+    steps=steps,
+)

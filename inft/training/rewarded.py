@@ -1,0 +1,165 @@
+"""RewardedTrainer: what GRPO and PPO share: prompts of the rows, rewards of answers, and the held-out reward."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+
+from inft.data.references import grouped
+from inft.evaluation.generate import decode_captions, generate_tokens
+from inft.models.collate import CaptionCollator
+from inft.rewards.load import Reward
+from inft.rewards.score import score, score_all, weighted_sum
+from inft.sample import Sample
+from inft.training.processes import gather, on_main, process_count, rank
+from inft.training.rows import RowCollator
+from inft.training.runtrainer import RunTrainer
+from params import UserError
+
+Figures = Mapping[str, float]
+
+
+class HeldoutRewards:
+    """Answers held-out prompts greedily and rewards the answers; a prompt with several references is answered once.
+
+    Of several processes each answers its share of the prompts, and all get the same figures. Weights, modes and random
+    states of the model are afterwards as they were.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        collator: CaptionCollator,
+        rewards: Sequence[Reward],
+        weights: Sequence[float],
+        *,
+        max_new_tokens: int,
+        batch_size: int,  # prompts that a process answers at the same time
+    ) -> None:
+        self.groups = grouped(samples)
+        self.collator = collator
+        self.rewards = rewards
+        self.weights = weights
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+
+    def score(self, model: Any) -> Figures:
+        """The mean reward, of each function besides (``rewards/chrf``), and of each language (``reward_si``)."""
+        answers = self._answers(model)
+        samples = [sample for group in self.groups for sample in group]
+        tokens = [ids for group, ids in zip(self.groups, answers, strict=True) for _ in group]
+        return on_main(lambda: self._figures(samples, tokens))  # a user's function need not say the same twice
+
+    def _figures(self, samples: Sequence[Sample], tokens: Sequence[list[int]]) -> Figures:
+        texts = decode_captions(self.collator, tokens)
+        found = score_all(self.rewards, samples=samples, completions=texts, completion_ids=tokens)
+        by_language: dict[str, list[float]] = {}
+        for sample, total in zip(samples, weighted_sum(found, self.weights), strict=True):
+            by_language.setdefault(sample.language, []).append(total)
+        given = {name: [value for value in values if value is not None] for name, values in found.items()}
+        return {
+            "reward": sum(map(sum, by_language.values())) / len(samples),
+            **{f"rewards/{name}": sum(values) / len(values) for name, values in given.items() if values},
+            **{f"reward_{code}": sum(part) / len(part) for code, part in sorted(by_language.items())},
+        }
+
+    def _answers(self, model: Any) -> list[list[int]]:
+        """The tokens of an answer to each prompt, in order; the processes take the prompts in turn."""
+        mine = [group[0] for group in self.groups[rank() :: process_count()]]
+        found = generate_tokens(
+            model, self.collator, mine, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+        )
+        answers: list[list[int]] = [[]] * len(self.groups)
+        for number, share in enumerate(gather(found)):
+            answers[number :: process_count()] = share
+        return answers
+
+
+class RewardedTrainer(RunTrainer):
+    """Stands before a trainer of rewards, whose data set has the rows' numbers and prompts."""
+
+    judged = "reward"
+
+    def __init__(
+        self, *, model: PeftModel, rows: RowCollator, heldout_rewards: HeldoutRewards | None, **run: Any
+    ) -> None:
+        end_answers_as_taught(model, rows.collator)
+        self.heldout_rewards = heldout_rewards
+        numbers = range(len(rows.rows))
+        train, heldout = numbers[: rows.first_heldout], numbers[rows.first_heldout :]
+        super().__init__(
+            model=model,
+            rows=rows,
+            train_dataset=prompts_of(rows, train),
+            eval_dataset=prompts_of(rows, heldout) if heldout else None,
+            **run,
+        )
+
+    def samples(self, numbers: Tensor | Sequence[int]) -> list[Sample]:
+        """The rows of some numbers."""
+        return [self.rows.rows[int(number)] for number in numbers]
+
+    def group_ids(self, numbers: Sequence[int]) -> Tensor:
+        """The id of each training row for CRAFT: rows of one picture have the same."""
+        assert self.rows.ids is not None
+        return torch.tensor([self.rows.ids[number] for number in numbers], dtype=torch.int64, device=self.args.device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; what is wrong with a user's reward function is told as it was found."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except ValueError as error:
+            if isinstance(error.__cause__, UserError):  # craft wraps what a function raises
+                raise error.__cause__ from error.__cause__.__cause__
+            raise
+
+    def score_heldout(self, eval_dataset: Any, prefix: str) -> dict[str, float]:
+        """The rewards of greedy answers to the held-out prompts."""
+        assert self.heldout_rewards is not None
+        with self.accelerator.autocast():
+            figures = self.heldout_rewards.score(self.model)
+        self.model.eval()  # whose figures the log takes these for
+        return {f"{prefix}_{name}": value for name, value in figures.items()}
+
+
+def with_an_answer(sample: Sample) -> Sequence[Sample]:
+    """A row as the guards and the plan look at it: without a caption of its own it has a stand-in for an answer."""
+    return (sample if sample.answer.strip() else replace(sample, answer="."),)
+
+
+def prompts_of(rows: RowCollator, numbers: range) -> Dataset:
+    """The numbers of some rows, with their prompts as text."""
+    return Dataset.from_dict({"row": numbers, "prompt": [rows.rows[number].prompt.text for number in numbers]})
+
+
+def trainer_rewards(rewards: Sequence[Reward], rows: RowCollator) -> list[Callable[..., Any]]:
+    """The rewards as a trainer calls them, with the rows' numbers in the column ``row``."""
+    return [_TrainerReward(reward, rows) for reward in rewards]
+
+
+class _TrainerReward:
+    """A reward function that is given the rows themselves, and answers without template tokens."""
+
+    def __init__(self, reward: Reward, rows: RowCollator) -> None:
+        self.__name__ = reward.name  # in the log
+        self.reward = reward
+        self.rows = rows
+
+    def __call__(
+        self, *, completion_ids: Sequence[Sequence[int]], row: Sequence[int], **columns: Any
+    ) -> list[float | None]:
+        samples = [self.rows.rows[number] for number in row]
+        texts = decode_captions(self.rows.collator, completion_ids)
+        return score(self.reward, samples=samples, completions=texts, completion_ids=completion_ids)
+
+
+def end_answers_as_taught(model: PeftModel, collator: CaptionCollator) -> None:
+    """Let an answer end at the token that ends a supervised one too, which a base model's own config need not name."""
+    config = model.generation_config
+    own = config.eos_token_id
+    own = own if isinstance(own, list) else [collator.tokenizer.eos_token_id if own is None else own]
+    config.eos_token_id = sorted({collator.end_token_id, *own})
