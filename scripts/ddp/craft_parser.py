@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from craft_arguments import Arguments, DataArguments, ModelArguments, RunArguments, TrainingFlags
+from refusals import refusals_told, refuse_flags
 from transformers import HfArgumentParser
 
 from craft.config import CRAFTConfigMixin
@@ -54,19 +55,19 @@ HELP = {
 def parse(argv: Sequence[str]) -> Arguments:
     """Return the arguments of a command line.
 
-    Errors: UserError for an unknown flag, with the one that was meant, and for a value that is not allowed.
+    Errors: UserError for an unknown flag, with the one that was meant, for a value that is not allowed, and for a
+    flag that nothing reads.
     """
     parser = make_parser(argv)
-    try:
+    with refusals_told():
         model, data, run, training, unknown = parser.parse_args_into_dataclasses(
             list(argv), return_remaining_strings=True, look_for_args_file=False
         )
-    except ValueError as error:
-        raise UserError(str(error)) from error
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         told = [f"{word}{did_you_mean(word, flags) if word.startswith('--') else ''}" for word in unknown]
         raise UserError(f"unknown: {' '.join(told)} (--help lists the flags, --help_all those of the trainer too)")
+    refuse_flags(training)
     return Arguments(model=model, data=data, run=run, training=training)
 
 

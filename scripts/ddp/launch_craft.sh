@@ -5,8 +5,8 @@
 #   ./launch_craft.sh                                   train
 #   ./launch_craft.sh --dry_run                         read the data, print what would be trained on, stop
 #   ./launch_craft.sh --resume_from_checkpoint latest   go on after the last checkpoint
-# What stands after the script's name goes to train_craft.py and counts more than what is set here; its --help tells
-# the flags. NPROC=2 sets the number of processes, CUDA_VISIBLE_DEVICES=0,1 the GPUs, PYTHON the interpreter.
+# What stands after the script's name goes to train_craft.py and counts more than what is set here (--sources there
+# also puts LANGUAGES aside); its --help tells the flags. NPROC=2 sets the number of processes, CUDA_VISIBLE_DEVICES=0,1 the GPUs, PYTHON the interpreter.
 #
 # With accelerate instead of torchrun: accelerate launch --num_processes 4 train_craft.py FLAGS
 set -euo pipefail
@@ -26,6 +26,11 @@ SOURCES=(
     # mine=pairs.jsonl # your own: columns text and text_tgt
 )
 LANGUAGES=(sin_Sinh urd_Arab yue_Hant) # FLORES codes, each paired with --pivot_language (eng_Latn)
+PAIR_FLAGS=(
+    --max_contrastive_samples 50000 # shares of sources and languages stay
+    # --nllb_min_laser_score 1.25   # higher: cleaner and fewer
+    # --hard_negatives true         # triplets and contradictions; not with flores and nllb
+)
 
 FLAGS=(
     --per_device_train_batch_size 4
@@ -43,11 +48,6 @@ FLAGS=(
     --load_in_4bit true
     --lora_r 16
     --lora_alpha 32
-
-    # Contrastive pairs
-    --max_contrastive_samples 50000 # shares of sources and languages stay
-    # --nllb_min_laser_score 1.25   # higher: cleaner and fewer
-    # --hard_negatives true         # triplets and contradictions; not with flores and nllb
 
     # The objective: --craft_preset NAME sets what is not given here
     --craft_alpha 0.6
@@ -82,16 +82,25 @@ command=(
     --output_dir "$OUTPUT_DIR"
     "${FLAGS[@]}"
 )
-if ((${#SOURCES[@]})); then
-    command+=(--sources "${SOURCES[@]}")
-fi
-for source in "${SOURCES[@]}"; do
-    # Only these two read the languages.
-    if [[ ("$source" == flores* || "$source" == nllb*) && ${#LANGUAGES[@]} -gt 0 ]]; then
+# Whether the command line has a flag: given NAME "$@"
+given() {
+    local name="$1" word
+    shift
+    for word in "$@"; do
+        word="${word//-/_}" # a flag may be written with hyphens
+        [[ "$word" == "__$name" || "$word" == "__$name="* ]] && return 0
+    done
+    return 1
+}
+# A flag that nothing would read is refused: self_align reads none of these, and only flores and nllb the languages.
+if given sources "$@"; then
+    command+=(${PAIR_FLAGS[@]+"${PAIR_FLAGS[@]}"})
+elif ((${#SOURCES[@]})); then
+    command+=(--sources "${SOURCES[@]}" ${PAIR_FLAGS[@]+"${PAIR_FLAGS[@]}"})
+    if [[ " ${SOURCES[*]} " =~ " "(flores|nllb)(" "|=) ]] && ((${#LANGUAGES[@]})) && ! given language_pairs "$@"; then
         command+=(--languages "${LANGUAGES[@]}")
-        break
     fi
-done
+fi
 
 if ((NPROC == 1)); then
     exec "$PYTHON" "${command[@]}" "$@"

@@ -19,6 +19,7 @@ from params.errors import UserError
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")  # all but parquet also with .gz
 _KINDS = f"{', '.join('*' + suffix for suffix in SUFFIXES)} (all but parquet also as .gz)"
 HUB = "hub:"
+OTHER_COMMAND = re.compile(r"--(?:data|model|demo|set)\b")  # flags of inft, whose reader of the hub is used here
 CONNECT_SECONDS = 30.0
 NOT_FOUND = 404
 _BROKEN = (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error)
@@ -91,9 +92,24 @@ def hub_records(name: str, config: str | None, *, split: str) -> Iterator[Record
     """Yield the rows of a data set of the hub, downloaded or from the cache; UserError when it is out of reach."""
     from inft.data.hub import hub_tables, pick_split
 
-    table = pick_split(hub_tables(name, config), split, source=name)
+    try:
+        table = pick_split(hub_tables(name, config), split, source=name)
+    except UserError as error:
+        raise UserError(_in_own_flags(str(error))) from error
     for index, values in enumerate(table):
         yield Record(values=values, where=f"{name} row {index}")
+
+
+def _in_own_flags(message: str) -> str:
+    """A message about the hub with the remedy of this script in place of sentences that name flags of inft."""
+    sentences = re.split(r"(?<=\.) (?=[A-Z])| (?=\(--)", message)
+    kept = [sentence for sentence in sentences if not OTHER_COMMAND.search(sentence)]
+    if kept == sentences:
+        return message
+    return (
+        f"{' '.join(kept).rstrip('.')}. Give hub:OWNER/NAME:CONFIG, or download the rows where there is a network and "
+        "give their path: --sources NAME=PATH for pairs, --sft_data PATH or --eval_data PATH for SFT rows."
+    )
 
 
 @contextmanager

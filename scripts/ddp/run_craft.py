@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from craft_arguments import Arguments
+from refusals import refusals_told, require_output_dir
 from run_data import RunData, load_data, read_data, refuse_other_plan, write_data
 from run_model import load_model_and_tokenizer, lora_config, require_model, save_result
 from run_report import described, halves_note, plan, say
@@ -10,7 +11,6 @@ from run_resume import WholeCheckpoints, find_checkpoint, goes_on, refuse_other_
 
 from craft.trainers import CRAFTSFTTrainer
 from inft.training.processes import is_main, on_main
-from params.errors import UserError
 
 
 def run(arguments: Arguments) -> CRAFTSFTTrainer | None:
@@ -25,7 +25,8 @@ def run(arguments: Arguments) -> CRAFTSFTTrainer | None:
         say(halves_note(arguments))
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with refusals_told(with_place=True):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if is_main():
         say(f"saved: {save_result(trainer)}")
     return trainer
@@ -36,7 +37,9 @@ def prepare_data(arguments: Arguments) -> RunData | None:
     data_plan, directory = arguments.data_plan(), Path(arguments.training.output_dir) / "data"
 
     def write() -> None:
-        require_model(arguments.model)  # before what may take long
+        # Before what may take long.
+        require_model(arguments.model)
+        require_output_dir(arguments.training.output_dir, make=not arguments.run.dry_run)
         if arguments.run.dry_run:
             say(f"{described(*read_data(data_plan))}\n{plan(arguments)}")
         elif goes_on(arguments):
@@ -53,7 +56,7 @@ def prepare_data(arguments: Arguments) -> RunData | None:
 def make_trainer(arguments: Arguments, data: RunData) -> CRAFTSFTTrainer:
     """The trainer; what it refuses is a UserError."""
     model, tokenizer = load_model_and_tokenizer(arguments)
-    try:
+    with refusals_told():
         return CRAFTSFTTrainer(
             model=model,
             args=arguments.training,
@@ -64,5 +67,3 @@ def make_trainer(arguments: Arguments, data: RunData) -> CRAFTSFTTrainer:
             contrastive_dataset=data.pairs,
             callbacks=[WholeCheckpoints()],
         )
-    except ValueError as error:
-        raise UserError(str(error)) from error

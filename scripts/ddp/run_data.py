@@ -69,9 +69,11 @@ def read_data(plan: DataPlan) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 def sft_rows(location: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of an SFT data set with the columns that TRL reads, all of one form.
 
-    Errors: UserError naming the row without them, or with a text that is missing or empty.
+    Errors: UserError naming the row without them, with a text that is missing or empty, or with messages where the
+    others have text.
     """
     form: tuple[str, ...] | None = None
+    kind = ""
     for record in read_records(location):
         own = next((names for names in FORMS if all(record.values.get(name) is not None for name in names)), None)
         if own is None or (form is not None and own != form):
@@ -82,7 +84,9 @@ def sft_rows(location: str) -> Iterator[dict[str, Any]]:
                 "Rename the columns, or drop the row."
             )
         form = own
-        yield {name: _checked(record, name) for name in form}
+        row = {name: _checked(record, name) for name in form}
+        kind = _same_kind(record, row, kind)
+        yield row
     if form is None:
         raise UserError(f"{location} holds no row.")
 
@@ -93,13 +97,33 @@ def _checked(record: Record, name: str) -> Any:
         if not value.strip():
             raise UserError(f"{record.where}: {name} is empty. Write it, or drop the row.")
         return value
-    turns = value if isinstance(value, Sequence) and not isinstance(value, str) and value else None
-    if turns is None or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
+    turns = value if name != "text" and isinstance(value, Sequence) and not isinstance(value, str) else None
+    if not turns or not all(_is_message(turn) for turn in turns):
+        wanted = {"text": "", "messages": "a list of messages"}.get(name, "text or a list of messages")
         raise UserError(
-            f"{record.where}: {name} must be {'a' if name == 'messages' else 'text or a'} list of messages, each with "
-            "role and content."
+            f"{record.where}: {name} must be {f'{wanted}, each with role and content as text' if wanted else 'text'}. "
+            "Mend the row, or drop it."
         )
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and all(isinstance(turn.get(name), str) for name in ("role", "content"))
+
+
+def _same_kind(record: Record, row: Mapping[str, Any], others: str) -> str:
+    """Whether a row is text or messages; UserError when it is both, or not what the ``others`` are."""
+    kinds = {name: "text" if isinstance(value, str) else "messages" for name, value in row.items()}
+    own = next(iter(kinds.values()))
+    if len(set(kinds.values())) > 1:
+        told = " and ".join(f"{name} is {kind}" for name, kind in kinds.items())
+        raise UserError(f"{record.where}: {told}. Write both as text, or both as messages with role and content.")
+    if others and own != others:
+        names = " and ".join(row)
+        raise UserError(
+            f"{record.where}: {names} are {own}, and in the rows before {others}. Write all rows of a file alike."
+        )
+    return own
 
 
 def write_data(plan: DataPlan, directory: Path) -> None:

@@ -1,13 +1,16 @@
 """Rows of an evaluation: all that have a reference, several references of one image together, the same keys again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+from inft.data.batches import held_out_entries
 from inft.evaluation.rows import load_rows
 from inft.evaluation.shuffle import with_shuffled_images
 from params import MUNIChusLoadConfig, UserError
+from params.evaluation import HELDOUT
 
 
 @pytest.fixture
@@ -122,3 +125,19 @@ def test_shuffling_keeps_references_and_changes_images():
     mixed = with_shuffled_images([row.sample for row in rows], seed=0)
     assert [a.answer for a in mixed] == [row.sample.answer for row in rows]
     assert all(a.image != row.sample.image for a, row in zip(mixed, rows, strict=True))
+
+
+def test_rows_of_a_run_on_preferences_have_its_prompts_and_chosen_answers(tmp_path):
+    rows = [
+        {"prompt": f"What is in picture {n}?", "chosen": f"A star, {n}.", "rejected": "No.", "language": "en"}
+        for n in range(20)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    trained = MUNIChusLoadConfig(data=str(tmp_path), languages=("en",), eval_fraction=0.5, context="none")
+    held = replace(trained, split=HELDOUT)
+    found = load_rows(held, limit=None, with_images=False, trained=trained, method="dpo").rows
+    again = held_out_entries(trained, with_images=False, kind="preferences")[0]
+    assert 0 < len(found) < 20
+    assert {row.sample.answer for row in found} == {entry.sample.answer for entry in again}
+    assert all(row.references == (row.sample.answer,) and row.sample.answer.startswith("A star") for row in found)
+    assert all(row.sample.prompt.text.startswith("What is in picture") for row in found)

@@ -2,9 +2,11 @@
 
 import shlex
 from dataclasses import fields
+from importlib.util import find_spec
 
 import pytest
 from craft_parser import make_parser, parse
+from run_resume import refuse_other_flags, write_run_file
 
 from craft.config import CRAFTConfigMixin
 from craft.presets import CRAFT_PRESETS, get_preset
@@ -116,11 +118,29 @@ def test_qlora_has_both_names():
         ("--craft_contrastive_keys {x}", "is not valid JSON"),
         ("""--craft_contrastive_keys '{"anchor_label": "x"}'""", "did you mean 'anchor_labels'"),
         ("--eval_data x.jsonl --save_steps many", "invalid float value: 'many'"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0 must be at least 1"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0 must be at least 1"),
+        ("--max_length -1", "--max_length -1 must be at least 1"),
+        ("--learning_rate -1", "--learning_rate -1 must be at least 0"),
+        ("--num_train_epochs 0", "--num_train_epochs 0 must be above 0"),
+        ("--accelerator_config nowhere.json", "No such file.*'nowhere.json'"),
+        ("--trust_remote_code", "--trust_remote_code is not read"),
+        ("--dataset_text_field body", "--dataset_text_field is not read: .*rename the column"),
+        (
+            """--model_init_kwargs '{"dtype": "float16"}'""",
+            "--model_init_kwargs is not read: .*--model_name_or_path, --dtype, --attn_implementation",
+        ),
     ],
 )
 def test_a_refused_flag_is_told(flags, message):
     with pytest.raises(UserError, match=message):
         parsed(flags)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_a_flag_of_a_library_that_is_absent_is_told():
+    with pytest.raises(UserError, match=r"deepspeed.*Install it, or leave out the flag"):
+        parsed("--deepspeed stage2.json")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +162,29 @@ def test_a_refused_flag_is_told(flags, message):
 def test_data_flags_that_contradict_or_that_nothing_reads_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         parsed(flags).data_plan()
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "now"),
+    [
+        ("warmup_steps", "0", "5"),
+        ("adam_beta1", "0.9", "0.8"),
+        ("adam_beta2", "0.999", "0.95"),
+        ("adam_epsilon", "1e-8", "1e-6"),
+        ("dataloader_drop_last", "false", "true"),
+        ("train_sampling_strategy", "random", "group_by_length"),
+        ("lr_scheduler_kwargs", "{}", '{"num_cycles": 2}'),
+        ("label_smoothing_factor", "0", "0.1"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_optimizer_or_order_of_rows(tmp_path, name, before, now):
+    def arguments(value):
+        return parse([*NEEDED, "--output_dir", str(tmp_path), f"--{name}", value])
+
+    write_run_file(arguments(before))
+    refuse_other_flags(arguments(before))
+    with pytest.raises(UserError, match=f"{name}: .* -> "):
+        refuse_other_flags(arguments(now))
 
 
 def test_help_tells_the_own_flags_and_help_all_the_others():

@@ -1,4 +1,4 @@
-"""Runs of train_craft.py on the embedded text model: in one process, in two, and through launch_craft.sh."""
+"""Runs of train_craft.py on the embedded text model: in one process and in two."""
 
 import json
 import os
@@ -170,6 +170,7 @@ def test_hard_negatives_reach_the_trainer(sources, tmp_path):
         (["--lora_target_modules", "nothing"], "Target modules {'nothing'} not found"),
         (["--use_qlora", "--use_lora", "false"], "it needs adapters"),
         (["--model_name_or_path", "./nowhere"], "no model directory at ./nowhere"),
+        (["--max_length", "1"], "no SFT row is left to train on"),
     ],
 )
 def test_a_mistake_is_told_and_the_mended_command_runs(sources, tmp_path, capsys, flags, message):
@@ -177,6 +178,28 @@ def test_a_mistake_is_told_and_the_mended_command_runs(sources, tmp_path, capsys
     assert train_craft.main([*argv, *flags]) == 2
     assert message in capsys.readouterr().err
     assert train_craft.main(argv) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--craft_contrastive_keys", '{"anchor_labels": "mine"}'], "no token in them is marked"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_kwargs` (transformers.optimization, line"),
+    ],
+)
+def test_what_the_trainer_refuses_is_no_traceback(sources, tmp_path, capsys, flags, message):
+    assert train_craft.main([*command(sources, tmp_path / "out", "--max_steps 1"), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--max_steps 1", "--dry_run"])
+@pytest.mark.parametrize("below", ["", "out"])
+def test_an_output_directory_that_is_a_file_is_told(sources, tmp_path, capsys, below, flags):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert train_craft.main(command(sources, file / below, flags)) == 2
+    assert f"{file} is a file. Choose another" in capsys.readouterr().err
+    assert file.read_text() == "kept"
 
 
 # Two processes
@@ -256,50 +279,14 @@ def test_a_mistake_of_the_data_is_known_to_both_processes(processes):
     assert "the data of the run to go on with was another" in first
 
 
-# The launcher
-
-
-def launch(*argv, **environment):
-    return subprocess.run(
-        [SCRIPTS / "launch_craft.sh", *argv],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**ENVIRONMENT, "PYTHON": sys.executable, **environment},
-    )
-
-
-def launched(sources, out, **environment):
-    # What stands on the command line counts more than what the script sets.
-    words = [f"{name}={sources[name]}" for name in ("flores", "all-nli")]
-    more = ["--sources", *words, "--languages", "sin_Sinh", "--load_in_4bit", "false", "--max_steps", "2"]
-    return launch(*more, MODEL=str(EMBEDDED / "text"), SFT_DATA=str(sources["sft"]), OUTPUT_DIR=str(out), **environment)
-
-
-def test_the_launcher_is_executable_and_parses():
-    assert os.access(SCRIPTS / "launch_craft.sh", os.X_OK)
-    subprocess.run(["bash", "-n", SCRIPTS / "launch_craft.sh"], check=True)
-
-
-def test_the_launcher_without_a_model_is_told_what_to_edit(tmp_path):
-    done = launch("--dry_run", MODEL=str(tmp_path / "model"), NPROC="1")
-    assert done.returncode == 2
-    assert "no model directory at" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("count", ["1", "2"])
-def test_the_launcher_trains_in_one_process_or_in_several(sources, tmp_path, count):
-    done = launched(sources, tmp_path / "out", NPROC=count)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{count} process{'es' if count == '2' else ''} x 4 micro-batches x 4 rows" in done.stdout
-    assert weights_of(tmp_path / "out" / "adapter")
-
-
-@pytest.mark.slow
-def test_a_mistake_in_two_processes_is_told_once(sources, tmp_path):
-    done = torchrun(str(SCRIPTS / "train_craft.py"), *command(sources, tmp_path / "out", "--craft_alhpa 1"))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--craft_alhpa 1", "did you mean '--craft_alpha'"), ("--max_length 1", "no SFT row is left to train on")],
+)
+def test_a_mistake_in_two_processes_is_told_once(sources, tmp_path, flags, message):
+    done = torchrun(str(SCRIPTS / "train_craft.py"), *command(sources, tmp_path / "out", flags))
     assert done.returncode != 0
-    assert done.stderr.count("did you mean '--craft_alpha'") == 1
+    assert done.stderr.count(message) == 1
+    assert "exitcode  : 2" in done.stderr
+    assert 'train_craft.py", line' not in done.stderr

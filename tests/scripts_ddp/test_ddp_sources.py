@@ -14,6 +14,7 @@ from stratified import LeftOut, TextPair
 
 from params.errors import UserError
 
+TURNS = [{"role": "user", "content": "a"}]
 SINHALA = PairOptions(language_pairs=(("eng_Latn", "sin_Sinh"),))
 
 
@@ -228,6 +229,14 @@ def test_nllb_is_downloaded_by_the_names_of_its_release(sources, monkeypatch):
         list(read_source("nllb", None, SINHALA))
 
 
+def test_a_hub_that_cannot_be_reached_is_told_with_the_flags_of_this_script(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(UserError, match=r"sentence-transformers/quora-duplicates.*--sources NAME=PATH") as caught:
+        list(read_source("quora-duplicates", None, PairOptions()))
+    assert not any(flag in str(caught.value) for flag in ("--data ", "--model ", "--demo", "--set "))
+
+
 # All of a run
 
 
@@ -261,6 +270,13 @@ def test_a_source_of_which_nothing_is_left_is_an_error(sources):
         ([{"prompt": "a", "completion": " "}], "completion is empty"),
         ([{"messages": []}], "messages must be a list of messages"),
         ([{"messages": [{"role": "user"}]}], "each with role and content"),
+        ([{"messages": [{"role": "user", "content": 3}]}], "each with role and content as text"),
+        ([{"text": TURNS}], "line 1: text must be text"),
+        ([{"prompt": TURNS, "completion": "b"}], "line 1: prompt is messages and completion is text. Write both"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": TURNS, "completion": TURNS}],
+            "line 2: prompt and completion are messages, and in the rows before text",
+        ),
         ([], "holds no row"),
     ],
 )
