@@ -105,7 +105,7 @@ class CRAFTConfigMixin:
     craft_report_metrics: list[Annotated[str, Metric]] = field(
         default_factory=_default_metrics, metadata=_help("Metrics in the log, averaged over the logging window.")
     )
-    craft_debug: bool = field(default=False, metadata=_help("Log shapes and weights of the first windows."))
+    craft_debug: bool = field(default=False, metadata=_help("Log what each optimizer step holds, and its weights."))
     craft_gradient_balancing: Balancing = field(default="none", metadata=_help("How neither loss drowns the other."))
     craft_gradnorm_alpha: NonNegative = field(
         default=1.5, metadata=_help("Pull of gradnorm towards equal training rates.")

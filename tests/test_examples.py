@@ -120,6 +120,16 @@ def test_a_text_that_comes_twice_is_never_on_both_sides(tmp_path, corpus):
         ("a.jsonl", '{"text": "one", "text_tgt": "un"}\n{"text": \n', "a.jsonl line 2 is not JSON"),
         ("a.jsonl", '["one", "un"]\n', "a.jsonl line 1 is a JSON list"),
         ("a.jsonl", '{"text": "one"}\n', "a.jsonl line 1 has no text_tgt"),
+        (
+            "a.jsonl",
+            '{"image": "a.png", "language": "en", "caption": "one"}\n{"language": "si", "caption": "un"}\n',
+            "a.jsonl line 2 has no image",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "one", "text_tgt": "un", "rejected": "un"}\n',
+            "a.jsonl line 1: rejected is the translation itself",
+        ),
         ("a.tsv", "one\tun\n", "1 different texts with a translation en -> si: at least 4"),
     ],
 )
@@ -127,6 +137,19 @@ def test_a_file_that_cannot_be_used_is_an_error_that_names_the_line(name, conten
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit, match=message):
         corpus(data=str(tmp_path / name))
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path, corpus):
+    (tmp_path / "a.tsv").write_bytes("façade\tfaçade\n".encode("latin-1"))
+    with pytest.raises(SystemExit, match=r"a.tsv is not UTF-8 .* Convert it"):
+        corpus(data=str(tmp_path / "a.tsv"))
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--learning-rate", "-1"), ("--batch-size", "1")])
+def test_a_value_that_cannot_train_is_refused_at_once(flag, value, tmp_path):
+    found = run(EXAMPLES["01_craft_basic_sft"], flag, value, cwd=tmp_path)
+    assert found.returncode == 2
+    assert f"argument {flag}" in found.stderr
 
 
 def test_a_language_without_captions_is_an_error_that_lists_them(corpus):

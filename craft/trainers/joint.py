@@ -4,6 +4,7 @@ Over the micro-batches s of one optimizer step and all ranks: L = alpha · mean_
 l_s the trainer's own loss of a micro-batch and N the anchors of all of them.
 """
 
+import logging
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from craft.trainers.answers import Answers
 from craft.trainers.mixin import CRAFTTrainerMixin
 from craft.trainers.pairstream import JointLoaders, PairStream
 from craft.trainers.window import CONTRASTIVE, Window
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Answers", "CRAFTJointMixin", "preferred_answers"]
 
@@ -86,6 +89,8 @@ class CRAFTJointMixin(CRAFTTrainerMixin):
             anchors = int(sum_over_ranks(torch.tensor(own, device=device)))
         count = len(batch_samples)
         self._craft_balance.window = Window(sft_batches=count, anchors=anchors, contrastive_batches=count)
+        if self.craft_args.craft_debug:
+            logger.warning("CRAFT step: %s, weights %s", self._craft_balance.window, self._craft_balance.weights)
         return None
 
     def compute_loss(

@@ -39,8 +39,8 @@ def options(description: str | None, *, name: str, **defaults: Any) -> Options:
     add("--source", metavar="CODE", help="language of the texts (default: %(default)s)")
     add("--target", metavar="CODE", help="language of their translations (default: %(default)s)")
     add("--steps", type=_count, help="optimizer steps (default: %(default)s)")
-    add("--batch-size", type=_count, help="rows of a micro-batch (default: %(default)s)")
-    add("--learning-rate", type=float, help="peak; released models want less, such as 2e-4 (default: %(default)s)")
+    add("--batch-size", type=_several, help="rows of a micro-batch, 2 or more (default: %(default)s)")
+    add("--learning-rate", type=_rate, help="peak; released models want less, such as 2e-4 (default: %(default)s)")
     add("--seed", type=int, help="of data order and new weights (default: %(default)s)")
     add("--output-dir", type=Path, help="for figures.json and the plots (default: %(default)s)")
     parser.set_defaults(**values)
@@ -52,6 +52,22 @@ def options(description: str | None, *, name: str, **defaults: Any) -> Options:
 def in_notebook() -> bool:
     """Whether IPython runs this."""
     return hasattr(builtins, "__IPYTHON__")
+
+
+def _several(text: str) -> int:
+    if _count(text) < 2:
+        raise argparse.ArgumentTypeError("a row alone in its micro-batch has nothing to be told from: give 2 or more")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return rate
 
 
 def _count(text: str) -> int:

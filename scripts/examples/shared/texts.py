@@ -94,16 +94,34 @@ def _read(path: Path, options: Options) -> list[Translation]:
         rows = list(_jsonl(path))
         if rows and {"image", "language", "caption"} <= rows[0].keys():
             rows = _captions_of_one_image(rows, options)
-    texts = [(_text(row, "text"), _text(row, "text_tgt"), row.get("rejected")) for row in rows]
-    # Without a wrong translation of its own, a text gets the next one's.
+    rights = [_text(row, "text_tgt") for row in rows]
     return [
-        Translation(text=text, translation=right, wrong=wrong or texts[(number + 1) % len(texts)][1])
-        for number, (text, right, wrong) in enumerate(texts)
+        Translation(text=_text(row, "text"), translation=rights[number], wrong=_wrong(row, rights, number))
+        for number, row in enumerate(rows)
     ]
 
 
+def _wrong(row: dict[str, str], rights: list[str], number: int) -> str:
+    """The row's own wrong translation, or else the next row's that is another than its right one."""
+    right = rights[number]
+    if row.get("rejected") is None:
+        others = (other for other in [*rights[number + 1 :], *rights[:number]] if other != right)
+        return next(others, f"no {right}")
+    wrong = _text(row, "rejected")
+    if wrong == right:
+        raise SystemExit(f"{row['where']}: rejected is the translation itself. Write a worse one, or leave it out.")
+    return wrong
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path.name} is not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
+
+
 def _tsv(path: Path) -> Iterator[tuple[str, str, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         parts = line.split("\t")
         if len(parts) != 2:
             raise SystemExit(f"{path.name} line {number} has {len(parts)} columns: a text and its translation are two.")
@@ -111,7 +129,7 @@ def _tsv(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         where = f"{path.name} line {number}"
         try:
             row = json.loads(line)
@@ -126,7 +144,8 @@ def _captions_of_one_image(rows: list[dict[str, str]], options: Options) -> list
     wanted = (options.source, options.target)
     by_image: dict[str, dict[str, str]] = {}
     for row in rows:
-        by_image.setdefault(row["image"], {"where": row["where"]})[row["language"]] = row["caption"]
+        image, language, caption = (_text(row, name) for name in ("image", "language", "caption"))
+        by_image.setdefault(image, {"where": row["where"]})[language] = caption
     both = [captions for captions in by_image.values() if all(code in captions for code in wanted)]
     return [{"where": each["where"], "text": each[wanted[0]], "text_tgt": each[wanted[1]]} for each in both]
 

@@ -365,3 +365,10 @@ def test_a_reward_function_that_misbehaves_is_named(method, function, tmp_path, 
     trainer = make_joint(method, tmp_path, tokenizer, trainer={"reward_funcs": [vowels, function]})
     with pytest.raises(ValueError, match=function.__name__):
         trainer.train()
+
+
+def test_debugging_tells_what_each_step_holds(tmp_path, tokenizer, caplog):
+    make_joint("dpo", tmp_path, tokenizer, craft_debug=True).train()
+    told = [record.message for record in caplog.records if record.message.startswith("CRAFT step: Window(")]
+    assert len(told) == 2
+    assert "anchors=8" in told[0]
