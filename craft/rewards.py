@@ -47,9 +47,9 @@ def checked_rewards(
     name = reward_name(func)
     try:
         found = func(**given)
-    except Exception as error:  # whatever a user's function raises
+    except (Exception, SystemExit) as error:  # whatever a user's function raises; Ctrl-C is not its own
         where = _failing_row(func, given, len(completions))
-        row = "" if where is None else f" for {_row(where, completions)}"
+        row = "" if where is None else f" for {named_row(where, completions)}"
         raise ValueError(f"reward function {name!r} raised {type(error).__name__}{row}: {error}") from error
     if isinstance(found, str | dict) or not isinstance(found, Iterable):
         raise ValueError(
@@ -72,14 +72,14 @@ def _number(reward: Any, name: str, row: int, completions: Sequence[Any]) -> flo
         reward = reward.item()
     if not isinstance(reward, Real) or not math.isfinite(reward):
         raise ValueError(
-            f"reward function {name!r} returned {reward!r} for {_row(row, completions)}; it must be a finite number, "
-            "or None where the row cannot be scored."
+            f"reward function {name!r} returned {reward!r} for {named_row(row, completions)}; it must be a finite "
+            "number, or None where the row cannot be scored."
         )
     return float(reward)
 
 
-def _row(row: int, completions: Sequence[Any]) -> str:
-    """The words that name a completion: its number among those given, and its beginning."""
+def named_row(row: int, completions: Sequence[Any]) -> str:
+    """Return the words that name a completion: its number among those given, and its beginning."""
     completion = completions[row]
     if isinstance(completion, list) and completion and isinstance(completion[-1], dict):  # chat messages
         completion = completion[-1].get("content", "")
@@ -96,6 +96,6 @@ def _failing_row(func: RewardFunction, given: dict[str, Any], rows: int) -> int 
         }
         try:
             func(**alone)
-        except Exception:  # noqa: BLE001 - whatever a user's function raises
+        except (Exception, SystemExit):  # noqa: BLE001 - whatever a user's function raises
             return row
     return None

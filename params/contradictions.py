@@ -3,13 +3,13 @@
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from params.check import SECTIONS
 from params.craft import CRAFT_PRESETS, LEARNABLE_TEMPERATURE, CraftParams
-from params.methods import method_problems
+from params.methods import FOR_SFT, method_problems
 from params.munichus import MUNIChusLoadConfig
 from params.train import TrainParams
 
@@ -42,15 +42,18 @@ CRAFT_DEPENDS: Mapping[str, tuple[str, Sequence[Any]]] = {
 }
 
 
-def contradictions(params: TrainParams) -> list[str]:
-    """One message per contradiction, each with its remedy; empty when the parameters agree."""
+def contradictions(params: TrainParams, told: Collection[str] = ()) -> list[str]:
+    """One message per contradiction, each with its remedy; empty when the parameters agree.
+
+    ``told`` are the fields that the command line names, whatever it says of them.
+    """
     return [
         *language_problems(params.data),
         *_data(params),
         *_model(params),
         *_craft(params),
         *_best_metric(params),
-        *method_problems(params),
+        *method_problems(params, told),
         *_unread(params),
     ]
 
@@ -125,7 +128,8 @@ def _craft(params: TrainParams) -> list[str]:
             "craft.alpha=1 gives the contrastive loss no weight: set a smaller one, such as 0.6, or turn CRAFT off "
             "with --no-craft."
         )
-    for_pairs = [name for name in FOR_PAIRS if name in chosen]
+    orders = params.method == "sft"  # of batches of pairs among the rows'; method_problems tells it of the others
+    for_pairs = [name for name in FOR_PAIRS if name in chosen and (orders or name not in FOR_SFT)]
     if for_pairs and not craft.pairs:
         verb = "is" if len(for_pairs) == 1 else "are"
         problems.append(
@@ -144,13 +148,13 @@ def _craft(params: TrainParams) -> list[str]:
             "craft.learnable_temperature=false."
         )
     found = craft.beta_mode == "auto" or craft.length_strategy == "auto_beta"  # then the batches make beta
-    if craft.pairs and "beta" in chosen and found:
+    if orders and craft.pairs and "beta" in chosen and found:
         field = "beta_mode=fixed" if craft.beta_mode == "auto" else "length_strategy=oversample"
         problems.append(
             f"craft.beta has no effect, since craft.beta_mode={craft.beta_mode} and craft.length_strategy="
             f"{craft.length_strategy} find it from the batches: set craft.{field} too, or leave it out."
         )
-    elif craft.pairs and craft.beta in (0, 1) and not found:
+    elif orders and craft.pairs and craft.beta in (0, 1) and not found:
         problems.append(
             f"craft.beta={craft.beta:g} leaves no micro-batch for "
             f"{'fine-tuning' if craft.beta == 0 else 'the pairs'}: set a share between 0 and 1, or turn CRAFT off with "
@@ -177,12 +181,28 @@ def _no_negatives(params: TrainParams) -> list[str]:
     if craft.pairs and craft.contrastive_batch_size is not None:
         rows, field = craft.contrastive_batch_size, "craft.contrastive_batch_size"
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
-    if rows * processes > 1 or craft.negative_strategy == "queue":
+    if craft.negative_strategy == "queue":
         return []
+    if rows * processes > 1:
+        return _one_prompt(params, processes)
     lower = " (with fewer sft.gradient_accumulation_steps a step has as many rows as before)" * (not craft.pairs)
     return [
         f"CRAFT has no negatives: with {field}=1 each row stands alone in its batch. Raise it{lower}, take negatives "
         "from earlier batches with --set craft.negative_strategy=queue, or turn CRAFT off with --no-craft."
+    ]
+
+
+def _one_prompt(params: TrainParams, processes: int) -> list[str]:
+    """What is wrong when all answers of a step are to one prompt: those are no negatives of each other."""
+    sft, answers = params.sft, params.rl.num_generations
+    step = sft.per_device_train_batch_size * sft.gradient_accumulation_steps * processes
+    if params.method != "grpo" or params.craft.pairs or step > answers:
+        return []
+    return [
+        f"CRAFT has no negatives: the {step} answers of an optimizer step are all to one prompt (rl.num_generations="
+        f"{answers}), and those are no negatives of each other. Raise sft.gradient_accumulation_steps or "
+        "sft.per_device_train_batch_size, lower rl.num_generations, take negatives from earlier steps with --set "
+        "craft.negative_strategy=queue, add --craft-pairs, or turn CRAFT off with --no-craft."
     ]
 
 

@@ -16,8 +16,10 @@ from params.contradictions import language_problems
 from params.errors import UserError
 from params.layers import Layer, directories, merged, sections_of, set_layers, user_error
 from params.lora import QLoRAParams
+from params.methods import RL_METHODS
 from params.munichus import LANGUAGE_NAMES, MUNIChusLoadConfig
 from params.presets import MODEL_FIELDS, MODEL_NAMES, SAMPLE_CONTEXT, preset
+from params.rl import RLParams
 from params.train import Method, ModelName
 from params.yamlfile import Given
 
@@ -54,6 +56,7 @@ class EvalParams:
     processor_name: str  # the adapter's own directory is tried first
     trained: MUNIChusLoadConfig | None = None  # what the adapter's run read: its held-out rows are told by it
     method: Method = "sft"  # of that run: what a row of its data is
+    rewards: tuple[str, ...] = ()  # of that run, with grpo and ppo: whether its rows need a caption
     limit: Count | None = None  # rows at most, spread evenly over the languages
     batch_size: Count = 8  # rows captioned at the same time
     shots: CountOrZero = 0  # examples of the train split before each row
@@ -108,6 +111,7 @@ def resolve_eval(
         problems.append("the model name is empty: name a hub id or a local path with --model, or give --demo.")
     sections = {name: section for name, section in sections_of(values).items() if name in READ_SECTIONS}
     problems += language_problems(sections["data"])
+    method = (trained or {}).get("method", "sft")
     if problems:
         raise user_error(problems)
     return EvalParams(
@@ -117,7 +121,8 @@ def resolve_eval(
         model_name=names[0],
         processor_name=names[1],
         trained=_trained_data(trained),
-        method=(trained or {}).get("method", "sft"),
+        method=method,
+        rewards=_trained_rewards(trained) if method in RL_METHODS else (),
         **sections,
         **{name: value for name, value in own.items() if value is not None},
     )
@@ -176,6 +181,12 @@ def _trained_data(trained: Mapping[str, Any] | None) -> MUNIChusLoadConfig | Non
     layer = {f"data.{name}": Given(value, "best.json") for name, value in (trained.get("data") or {}).items()}
     found: MUNIChusLoadConfig = sections_of(merged([layer], []))["data"]
     return found
+
+
+def _trained_rewards(trained: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The rewards of the adapter's run; the default where its record names none."""
+    names = ((trained or {}).get("rl") or {}).get("rewards")
+    return RLParams().rewards if names is None else tuple(names)
 
 
 def evaluation_name(params: EvalParams) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +32,7 @@ ONE_METHOD: Mapping[str, str] = {
 SMOOTHED = ("robust", "exo_pair")  # the losses of a pair that read preference.label_smoothing
 # Fields of CRAFT that say in which order whole batches of rows and of pairs come: only sft has such an order.
 FOR_SFT = ("beta", "beta_mode", "length_strategy")
+BY_SIZE = ("uncertainty", "gradnorm")  # balancing by the size of the losses; loss_scale too, but within a largest ratio
 # Our columns that only some methods read.
 METHOD_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": (*PREFERENCE_METHODS, *RL_METHODS),
@@ -40,10 +41,13 @@ METHOD_COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def method_problems(params: TrainParams) -> list[str]:
-    """One message per contradiction with the run's method, each with its remedy."""
+def method_problems(params: TrainParams, told: Collection[str] = ()) -> list[str]:
+    """One message per contradiction with the run's method, each with its remedy.
+
+    ``told`` are the fields that the command line names: one that nothing reads is told even at its default.
+    """
     return [
-        *_sections(params),
+        *_sections(params, told),
         *_best_metric(params),
         *_craft(params),
         *_columns(params),
@@ -55,7 +59,7 @@ def method_problems(params: TrainParams) -> list[str]:
     ]
 
 
-def _sections(params: TrainParams) -> Iterator[str]:
+def _sections(params: TrainParams, told: Collection[str]) -> Iterator[str]:
     """What is set for another method than the run's."""
     readers = {"preference": (PreferenceParams, PREFERENCE_METHODS), "rl": (RLParams, RL_METHODS)}
     for section, (cls, methods) in readers.items():
@@ -64,7 +68,8 @@ def _sections(params: TrainParams) -> Iterator[str]:
         for name, value in values.items():
             key = f"{section}.{name}"
             read_by = (ONE_METHOD[key],) if key in ONE_METHOD else methods
-            if params.method not in read_by and value not in (default[name], of_method.get(name, default[name])):
+            given = key in told or value not in (default[name], of_method.get(name, default[name]))
+            if params.method not in read_by and given:
                 flags = " or ".join(f"--method {method}" for method in read_by)
                 yield f"{key} has no effect with --method {params.method}: add {flags}, or leave it out."
 
@@ -94,6 +99,16 @@ def _craft(params: TrainParams) -> Iterator[str]:
                 f"craft.{name} has no effect with --method {params.method}, where each micro-batch has a batch of "
                 "pairs beside it and craft.alpha alone weighs the two losses: leave it out."
             )
+    balancing = params.craft.gradient_balancing
+    if params.method in RL_METHODS and balancing in BY_SIZE:
+        whose = f", as --craft-preset {params.craft.preset} has it," * (
+            of_preset.get("gradient_balancing") == balancing
+        )
+        yield (
+            f"craft.gradient_balancing={balancing}{whose} weighs losses by their size, and that of --method "
+            f"{params.method} is a mean of advantages, around 0 and below it: add --set "
+            "craft.gradient_balancing=pcgrad, which looks at the gradients alone, or none."
+        )
 
 
 def _columns(params: TrainParams) -> Iterator[str]:

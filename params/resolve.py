@@ -103,7 +103,7 @@ def resolve_train(
     values = merged(layers, problems)
     if identity is not None and not problems:
         params = _train_params(identity, values)
-        problems = contradictions(params)
+        problems = contradictions(params, {key for layer in told_layers[1:] for key in layer})
         if not problems:
             return params
     raise user_error(problems)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from craft.rewards import checked_rewards, is_async, reward_name
+from craft.rewards import checked_rewards, is_async, named_row, reward_name
 
 # Columns whose names reward functions get for something else.
 GIVEN = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state")
@@ -72,7 +72,11 @@ class Rewards:
     def __call__(
         self, rows: Sequence[Mapping[str, Any]], completion_ids: Sequence[Sequence[int]], state: Any
     ) -> Tensor:
-        """Return the reward of each completion by each function [N, F]; NaN where a function gave None."""
+        """Return the reward of each completion by each function [N, F]; NaN where a function gave None.
+
+        Errors: ValueError naming functions and row for a completion that no function rewarded: TRL trains on it as on a
+        reward of 0, which is none that anybody gave.
+        """
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         chat = not isinstance(rows[0]["prompt"], str)
         completions: list[Any] = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
@@ -92,10 +96,20 @@ class Rewards:
                 **columns,
             )
             found.append(torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float32))
-        return torch.stack(found, dim=1)
+        rewards_NF = torch.stack(found, dim=1)
+        self._refuse_unrewarded(rewards_NF, completions)
+        return rewards_NF
+
+    def _refuse_unrewarded(self, rewards_NF: Tensor, completions: Sequence[Any]) -> None:
+        rows = rewards_NF.isnan().all(1).nonzero()[:, 0].tolist()
+        if rows:
+            raise ValueError(
+                f"{named_row(rows[0], completions)} has no reward: {', '.join(self.names)} returned None for it. Let "
+                "one of reward_funcs return a number for every completion."
+            )
 
     def combined(self, rewards_NF: Tensor) -> Tensor:
-        """Return the weighted sum over functions [N]; a reward that is missing counts 0."""
+        """Return the weighted sum over functions [N]; one that is missing beside others counts 0."""
         return (rewards_NF.nan_to_num(0.0) * self.weights_F.to(rewards_NF.device)).sum(1)
 
 

@@ -59,6 +59,7 @@ def general_facts(found: "Inspection") -> Iterator[Fact]:
         yield "task", run["task"]
         yield "model", f"{run['family']}, {run['mode']}, on {_base(run['base_model'], run['family'])}"
         yield "data", f"{run['data']}: {', '.join(run['languages'])}"
+        yield "method", run["method"]
         yield "CRAFT", "on" if run["craft"] else "off"
     if found.merged is not None:
         yield from merged_facts(found.merged, found.damaged_files)
@@ -87,6 +88,8 @@ def adapter_facts(adapter: "AdapterFacts") -> Iterator[Fact]:
     yield "family", adapter.family or "not said: there is no best.json"
     yield "base model", _base(adapter.base_model, adapter.family)
     if adapter.mode is not None:
+        if adapter.method is not None:
+            yield "method", adapter.method
         yield "mode", f"{adapter.mode}{', on 4-bit weights' if adapter.quantised else ''}"
     if adapter.step is not None:
         value = "" if adapter.value is None else f", {adapter.metric} {adapter.value:.4f}"

@@ -11,8 +11,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def list_params(
-    section: Annotated[
-        str | None, typer.Argument(metavar="basic|data|qlora|lora|sft|craft", help="Only these.")
+    sections: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="basic|data|qlora|lora|sft|preference|rl|craft", help="Only these."),
     ] = None,
 ) -> None:
     """Show every parameter of --set and --config.
@@ -25,14 +26,15 @@ def list_params(
     from params.describe import describe
     from params.errors import UserError
 
-    if section is not None and section not in SECTIONS:
-        raise UserError(f"unknown section {section!r}; known: {', '.join(SECTIONS)}.")
+    unknown = [section for section in sections or () if section not in SECTIONS]
+    if unknown:
+        raise UserError(f"unknown section {unknown[0]!r}; known: {', '.join(SECTIONS)}.")
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("parameter", no_wrap=True)
     table.add_column("values", overflow="fold")
     table.add_column("default", overflow="fold")
     table.add_column("meaning")
-    for name in [section] if section else SECTIONS:
+    for name in dict.fromkeys(sections or SECTIONS):
         for text in describe(name):
             table.add_row(text.name, text.type, text.default, text.help)
     make_console().print(table, markup=False)

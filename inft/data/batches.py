@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inft.data.heldout import hold_out
+from inft.data.heldout import article_key, hold_out
 from inft.data.images import ImageError, check_images
 from inft.data.languages import any_language_will_do, available_languages
 from inft.data.locate import find_source
@@ -172,9 +172,14 @@ def _keyed(entry: Entry) -> Sample:
 
 
 def _leak_key(entry: Entry) -> tuple[str, str]:
-    """What a row shares with others of its article; its prompt or answer where it has neither title nor image."""
-    title = entry.sample.meta["title"]
-    return (title, entry.image_key) if title or entry.image_key else (entry.prompt_key or entry.sample.answer, "")
+    """What a row shares with others of its article: title and image, and without an image its own prompt.
+
+    The prompt counts with its news, which tells apart what one instruction asks. With none of these it is the answer.
+    """
+    title, sample = entry.sample.meta["title"], entry.sample
+    asked = article_key(sample.prompt.text) if entry.prompt_key and sample.image is None else ""
+    shared = (title, entry.image_key or asked)
+    return shared if any(shared) else (sample.answer, "")
 
 
 def _fingerprint(trained: Sequence[Entry], heldout: Sequence[Entry]) -> str:

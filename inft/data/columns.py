@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inft.data.images import BadImage
-from inft.data.preferences import Unusable, read_preference, read_prompt
+from inft.data.preferences import Unusable, read_answer, read_preference, read_prompt
 from inft.data.rows import BadRow, Row, RowKind
 from inft.sample import ImageRef
 from params.errors import UserError
@@ -13,7 +13,7 @@ from params.munichus import MUNIChusLoadConfig
 
 # Our name -> the names it may have when data.columns does not say. `captions` holds a list: one row of each.
 DEFAULT_NAMES: Mapping[str, tuple[str, ...]] = {
-    "image": ("image", "file_name"),
+    "image": ("image", "file_name", "images"),
     "title": ("title",),
     "content": ("content",),
     "caption": ("caption", "captions"),
@@ -65,7 +65,10 @@ class Columns:
     def _names_of(self, ours: str) -> tuple[str, ...]:
         if ours == "chosen" and "chosen" not in self._mapped:
             ours = "caption" if "caption" in self._mapped else "chosen"  # the chosen answer is a row's caption
-        return (self._mapped[ours],) if ours in self._mapped else DEFAULT_NAMES[ours]
+        names = (self._mapped[ours],) if ours in self._mapped else DEFAULT_NAMES[ours]
+        if ours == "caption" and self.kind == "references" and ours not in self._mapped:
+            return (*names, self._mapped.get("chosen", "chosen"))  # where rows are preferences, the better answer
+        return names
 
     def find(self, ours: str, available: Iterable[str]) -> str | None:
         """Return the column that holds our ``image``, ``title``, …, or None."""
@@ -84,7 +87,9 @@ class Columns:
     def require(self, available: Iterable[str]) -> None:
         """Raise UserError when no record has a column that such rows need, or one that data.columns names."""
         found = list(available)
-        missing = [ours for ours in (*NEEDED[self.kind], *self._mapped) if self.find(ours, found) is None]
+        # What the columns of a run on preferences say besides is not asked of rows that answers are compared with.
+        mapped = [ours for ours in self._mapped if self.kind != "references" or ours in ("image", *READ[self.kind])]
+        missing = [ours for ours in (*NEEDED[self.kind], *mapped) if self.find(ours, found) is None]
         if missing:
             ours = missing[0]
             pairs = (
@@ -179,7 +184,11 @@ def _captions(record: Record, columns: Columns) -> list[_Answer | str]:
         prompt = read_prompt(columns.value(record.values, "prompt"))
     if "caption" in NEEDED[columns.kind] and columns.find("caption", record.values) is None:
         raise Unusable(f"no caption column among {', '.join(record.values)}")
-    captions = columns.value(record.values, "caption")
+    column = columns.find("caption", record.values)
+    captions = None if column is None else record.values[column]
+    if column is not None and column not in DEFAULT_NAMES["caption"] and _is_conversation(captions):
+        asked, captions = read_answer(captions, "chosen")
+        prompt = prompt or asked
     several = isinstance(captions, list | tuple)
     return [
         _Answer(caption=caption or "", prompt=prompt, one_of_several=several)
@@ -187,6 +196,10 @@ def _captions(record: Record, columns: Columns) -> list[_Answer | str]:
         else _not_text("caption", caption)
         for caption in (captions if several and captions else [captions or ""])
     ]
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(turn, Mapping) for turn in value)
 
 
 def _preference(record: Record, columns: Columns) -> list[_Answer | str]:

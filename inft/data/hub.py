@@ -82,9 +82,12 @@ def _records(table: "Dataset", columns: Columns, *, name: str, roots: tuple[Path
 
 def undecoded(table: "Dataset", column: str) -> "Dataset":
     """The table with the encoded bytes of its images: they are decoded by us, all in one way."""
-    from datasets import Image
+    from datasets import Image, List
 
-    return table.cast_column(column, Image(decode=False)) if isinstance(table.features[column], Image) else table
+    feature, encoded = table.features[column], Image(decode=False)
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return table.cast_column(column, List(encoded))
+    return table.cast_column(column, encoded) if isinstance(feature, Image) else table
 
 
 def pick_split(tables: Mapping[str, "Dataset"], split: str, *, source: str) -> "Dataset":

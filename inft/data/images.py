@@ -62,6 +62,10 @@ class TableImage:
     def load(self) -> Image.Image:
         """Return the image as RGB, upright, alpha composited on white; ImageError when it cannot be read."""
         value = self.table[self.index][self.column]
+        if isinstance(value, list | tuple):
+            if len(value) != 1:
+                raise ImageError(f"it has {len(value)} images: a row has one")
+            value = value[0]
         content = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(content, bytes):
             return decode(io.BytesIO(content))
@@ -95,8 +99,13 @@ def peek_size(image: ImageRef) -> tuple[int, int] | None:
 def file_image(directory: Path, name: Any) -> FileImage | BadImage:
     """Return the image that a row names by its path in ``directory``; a BadImage for a URL or a path that leaves it.
 
-    A link inside the directory may point elsewhere: its owner set it, not the text of a row.
+    A list of one path is that path. A link inside the directory may point elsewhere: its owner set it, not the text of
+    a row.
     """
+    if isinstance(name, list | tuple):
+        if len(name) != 1:
+            return BadImage(f"it has {len(name)} images: a row has one")
+        name = name[0]
     if not isinstance(name, str) or not name.strip():
         return BadImage(f"its image is {name!r:.60}, not a path")
     if _URL.match(name):

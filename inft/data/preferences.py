@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from inft.data.prompts import clean_text, visible_line
+from inft.data.prompts import clean_line, keep_spacing, visible_line
 
 _SHOWN = 60  # characters of a value that a reason quotes
 
@@ -19,7 +19,7 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preference:
-    """What a row of preferences says, cleaned; an answer keeps its lines."""
+    """What a row of preferences says, without control characters; lines and their spacing stay as they are."""
 
     prompt: str  # "": the row brings none along
     chosen: str
@@ -33,11 +33,11 @@ def read_preference(values: Mapping[str, Any]) -> Preference:
     turns than a question and its answer.
     """
     told = read_prompt(values["prompt"]) if "prompt" in values else ""
-    asked, chosen = _read_answer(values["chosen"], "chosen")
-    asked_too, rejected = _read_answer(values.get("rejected"), "rejected")
-    if asked != asked_too:
+    asked, chosen = read_answer(values["chosen"], "chosen")
+    asked_too, rejected = read_answer(values.get("rejected"), "rejected")
+    if clean_line(asked) != clean_line(asked_too):
         raise Unusable(f"its chosen answers {_quoted(asked)}, its rejected {_quoted(asked_too)}: they are no pair")
-    if told and asked and told != asked:
+    if told and asked and clean_line(told) != clean_line(asked):
         raise Unusable(f"its prompt is {_quoted(told)}, but its answers are to {_quoted(asked)}")
     if chosen == rejected:
         raise Unusable(f"its chosen and its rejected are equal: {_quoted(chosen)}")
@@ -56,8 +56,8 @@ def read_prompt(value: Any) -> str:
     return turns[0][1]
 
 
-def _read_answer(value: Any, ours: str) -> tuple[str, str]:
-    """What the answer is to ("" where it does not say) and the answer."""
+def read_answer(value: Any, ours: str) -> tuple[str, str]:
+    """Return what the answer is to ("" where it does not say) and the answer; Unusable for more than one of each."""
     if not isinstance(value, list | tuple):
         return "", _visible(value, ours)
     turns = _turns(value, ours)
@@ -92,7 +92,7 @@ def _visible(value: Any, ours: str) -> str:
         raise Unusable(f"its {ours} is {type(value).__name__} {_quoted(value)}, not text")
     if not visible_line(value or ""):
         raise Unusable(f"its {ours} is empty")
-    return clean_text(value or "")
+    return keep_spacing(value or "")
 
 
 def _quoted(value: Any) -> str:

@@ -51,6 +51,12 @@ def clean_text(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
+def keep_spacing(text: str) -> str:
+    """Return the text without control characters and without whitespace around it; its lines keep their spacing."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _CONTROL.sub("", _SPACING_CONTROL.sub(lambda found: "\t" if found[0] == "\t" else " ", text)).strip()
+
+
 def clean_line(text: str) -> str:
     """Return the text as one line: no control characters, every run of whitespace a single space."""
     return " ".join(clean_text(text).split())

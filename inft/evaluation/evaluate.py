@@ -14,6 +14,7 @@ from rich.console import Console
 
 from inft.data.batches import load_samples
 from inft.data.heldout import spread, unit_hash
+from inft.data.rows import RowKind
 from inft.evaluation.captioner import Captioner, load_captioner
 from inft.evaluation.drift import LEAST_ROWS, measure_drift
 from inft.evaluation.fewshot import CANDIDATES, random_shots, refuse_no_room, similar_shots
@@ -81,7 +82,12 @@ def evaluate(params: EvalParams, directory: Path, *, overwrite: bool = False, co
 
     def load(config: MUNIChusLoadConfig) -> EvalRows:
         return load_rows(
-            config, limit=params.limit, with_images=takes_images, trained=params.trained, method=params.method
+            config,
+            limit=params.limit,
+            with_images=takes_images,
+            trained=params.trained,
+            method=params.method,
+            rewards=params.rewards,
         )
 
     job = _Job(
@@ -254,7 +260,8 @@ def _shots(job: _Job, captioner: Captioner) -> Shots | None:
         return None
     # A bad example is left out, however many there are: it is no row of the evaluation.
     config = replace(params.data, split="train", eval_fraction=0.0, max_rows_per_lang=CANDIDATES, max_bad_fraction=1.0)
-    examples = load_samples(config, quarantine_file=None, with_images=captioner.spec.takes_images).train
+    kind: RowKind = "captions" if params.method == "sft" else "references"
+    examples = load_samples(config, quarantine_file=None, with_images=captioner.spec.takes_images, kind=kind).train
     if params.shot_choice == "similar":
         shots = similar_shots(captioner, examples, count=params.shots)
     else:

@@ -64,6 +64,7 @@ class AdapterFacts:
     family: str | None
     base_model: str | None  # hub id or path, "" for the embedded model; None: nothing says
     mode: str | None
+    method: str | None  # sft, dpo, orpo, grpo or ppo
     task: str | None
     step: int | None
     metric: str | None
@@ -106,7 +107,7 @@ class Inspection:
     kind: Kind
     directory: str
     bytes: int
-    run: Mapping[str, Any] | None = None  # model, mode, base, data and output of a run, from its params.yaml
+    run: Mapping[str, Any] | None = None  # model, mode, method, base, data and output of a run, from its params.yaml
     checkpoints: tuple[CheckpointFacts, ...] = ()  # the one written last first
     adapter: AdapterFacts | None = None  # the best one of a run
     merged: Mapping[str, Any] | None = None  # merge.json
@@ -152,6 +153,7 @@ def adapter_facts(stored: StoredAdapter, run: TrainParams | None = None) -> Adap
         family=family,
         base_model=run.model_name if run and stored.record is None else stored.base_model,
         mode=params.get("training_mode") or (run.training_mode if run else None),
+        method=params.get("method") or (run.method if run else None),
         task=params.get("task") or (run.task if run else None),
         step=record.get("step"),
         metric=record.get("metric"),
@@ -298,6 +300,7 @@ def _run_facts(params: TrainParams) -> dict[str, Any]:
         "task": params.task,
         "family": params.model,
         "mode": params.training_mode,
+        "method": params.method,
         "base_model": params.model_name,
         "data": params.data.data,
         "languages": list(params.data.languages),

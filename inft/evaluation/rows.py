@@ -13,6 +13,8 @@ from inft.data.pool import collect
 from inft.data.references import grouped, place_of
 from inft.data.rows import BadRow, MissingSplit, RowKind
 from inft.models.collate import where
+from inft.rewards import REWARDS
+from inft.rewards.load import load_rewards
 from inft.sample import Sample
 from params.errors import UserError
 from params.evaluation import HELDOUT
@@ -61,14 +63,15 @@ def load_rows(
     with_images: bool,
     trained: MUNIChusLoadConfig | None = None,
     method: Method = "sft",
+    rewards: Sequence[str] = (),
 ) -> EvalRows:
     """Read the rows of ``config.split``, at most ``limit``, spread evenly over the languages.
 
-    The split "heldout" is what the run with ``trained`` as its data section held out; rows are read as its ``method``
-    reads them, the chosen answer of a preference being the reference. Text models (``with_images`` False) get no
-    images. Errors: UserError for an unknown source, split or language, and when no row has a reference.
+    The split "heldout" is what the run with ``trained`` as its data section held out: split as its ``method``, with
+    ``rewards``, split it. The chosen answer of a preference is its reference. Text models (``with_images`` False) get
+    no images. Errors: UserError for an unknown source, split or language, and when no row has a reference.
     """
-    kind = _row_kind(method, own=trained is not None and config.data == trained.data)
+    kind = _row_kind(method, rewards, heldout=config.split == HELDOUT)
     if config.split == HELDOUT:
         samples, empty, bad, others = _held_out(config, trained, kind=kind, with_images=with_images)
     else:
@@ -96,11 +99,31 @@ def fingerprint_of(rows: Sequence[EvalRow]) -> str:
     return hashlib.sha256("\n".join(row.key for row in rows).encode()).hexdigest()
 
 
-def _row_kind(method: Method, *, own: bool) -> RowKind:
-    """What a row is; those of other data than the run's ``own`` need not be preferences."""
+def _row_kind(method: Method, rewards: Sequence[str], *, heldout: bool) -> RowKind:
+    """What a row is: in the split of a run what it was in training; elsewhere it needs no more than a reference."""
     if method == "sft":
         return "captions"
-    return "preferences" if own and method in PREFERENCE_METHODS else "references"
+    if heldout and method in PREFERENCE_METHODS:
+        return "preferences"
+    return "references" if not heldout or _need_references(rewards) else "prompts"
+
+
+def _need_references(rewards: Sequence[str]) -> bool:
+    """Whether a run with these rewards, as most, left out rows without a caption.
+
+    A user's own module is run where no other reward tells it.
+    """
+    try:
+        return not rewards or any(
+            reward.needs_references
+            for name in sorted(rewards, key=lambda name: name not in REWARDS)
+            for reward in load_rewards([name])
+        )
+    except UserError as error:
+        raise UserError(
+            f"{error} What the adapter's run held out depends on its rewards: run inft in the directory where it "
+            "trained, or name a split of the data with --split."
+        ) from error
 
 
 def _of_split(config: MUNIChusLoadConfig, *, kind: RowKind, with_images: bool) -> Found:
@@ -132,7 +155,9 @@ def _held_out(
     available_languages(config, found, source=f"the split {HELDOUT}")
     others = {code: count for code, count in found.items() if code not in config.languages}
     samples = [entry.sample for entry in entries if entry.sample.language in config.languages]
-    return samples if with_images else [_without_image(sample) for sample in samples], empty, bad, others
+    answered = [sample for sample in samples if sample.answer]  # a run that needs no answers split the others too
+    empty += len(samples) - len(answered)
+    return answered if with_images else [_without_image(sample) for sample in answered], empty, bad, others
 
 
 def _without_image(sample: Sample) -> Sample:

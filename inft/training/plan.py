@@ -27,6 +27,7 @@ from inft.training.contrast import (
 )
 from inft.training.processes import process_count
 from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE
+from inft.training.rows import prompt_collator
 from params import TrainParams
 from params.methods import RL_METHODS
 from params.presets import lora_targets
@@ -118,19 +119,28 @@ def longest(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def count_tokens(
-    samples: Sequence[Sample], collator: Any, sides: "Callable[[Sample], Sequence[Sample]] | None" = None
+    samples: Sequence[Sample],
+    collator: Any,
+    sides: "Callable[[Sample], Sequence[Sample]] | None" = None,
+    *,
+    prompts_alone: bool = False,
 ) -> TokenFigures:
-    """Collate SAMPLED_ROWS of the samples and the LONGEST_ROWS, one by one, and count; of each all its sides."""
+    """Collate SAMPLED_ROWS of the samples and the LONGEST_ROWS, one by one, and count; of each all its sides.
+
+    With ``prompts_alone`` there are no answers, and nothing is supervised.
+    """
     stride = max(len(samples) // SAMPLED_ROWS, 1)
     lengths, supervised = [], 0
 
     def batches(sample: Sample) -> list[Any]:
+        if prompts_alone:
+            return [collator.prompts([sample])]
         return [collator([side]) for side in (sides(sample) if sides else (sample,))]
 
     for sample in samples[::stride][:SAMPLED_ROWS]:
         for batch in batches(sample):
             lengths.append(int(batch["attention_mask"].sum()))
-            supervised += int((batch["labels"] != -100).sum())
+            supervised += 0 if prompts_alone else int((batch["labels"] != -100).sum())
     extremes = [int(batch["attention_mask"].sum()) for row in longest(samples, LONGEST_ROWS) for batch in batches(row)]
     return TokenFigures(
         rows=len(lengths),
@@ -171,7 +181,7 @@ def make_plan(
         coverage=coverage(model, spec, targets),
         trainable=trainable,
         total=total,
-        tokens=count_tokens(loaded.train, collator, method.sides),
+        tokens=_tokens(params, loaded.train, collator, method),
         steps=method.steps(params, rows, windows=windows, processes=processes),
         method={"method": method.title, **method.words(params)},
         evaluation=evaluation_words(params, heldout=len(loaded.heldout)),
@@ -184,6 +194,13 @@ def make_plan(
             "log": str(log_file(params)),
         },
     )
+
+
+def _tokens(params: TrainParams, samples: Sequence[Sample], collator: Any, method: "Method") -> TokenFigures:
+    """The tokens of what the model reads of the rows: with rewards the prompts."""
+    if params.method in RL_METHODS:
+        return count_tokens(samples, prompt_collator(collator, params), prompts_alone=True)
+    return count_tokens(samples, collator, method.sides)
 
 
 def evaluation_words(params: TrainParams, *, heldout: int) -> dict[str, str]:
@@ -265,7 +282,7 @@ def _figures_table(params: TrainParams, plan: Plan) -> Table:
         f"{steps.accumulated} accumulated{f' × {steps.processes} processes' * (steps.processes > 1)})",
     )
     table.add_row("steps", f"{steps.total:,} in all, {steps.per_epoch:,} an epoch, {steps.warmup:,} of warm-up")
-    learnt = "with its caption" if params.method in RL_METHODS else f"{tokens.supervised_share:.0%} supervised"
+    learnt = "without the answer" if params.method in RL_METHODS else f"{tokens.supervised_share:.0%} supervised"
     table.add_row(
         "tokens",
         f"{tokens.mean:,.0f} a row ({tokens.rows} rows counted), {tokens.longest:,} in the longest, {learnt}",

@@ -25,7 +25,7 @@ from inft.models import load_spec
 from inft.models.collate import where
 from inft.models.loading import load_processor
 from inft.models.spec import ModelSpec
-from inft.sample import Sample
+from inft.sample import Prompt, Sample
 from inft.training.captions import check_captions
 from inft.training.contrast import Contrast, read_contrast
 from inft.training.hardware import hardware, hardware_line
@@ -46,7 +46,10 @@ from inft.training.resume import (
 )
 from inft.training.storage import locked, remove_leftovers
 from params import TrainParams, UserError
+from params.methods import RL_METHODS
 from params.resolve import load_params
+
+STAND_IN = "."  # the answer of a row whose own the model does not learn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +114,22 @@ def starting_point(
         refuse_missing_best(params, read_state(checkpoint)["best"]["step"])
     for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+    if checkpoint and (inside := inside_a_batch(checkpoint, params)):
+        console.print(inside, style="yellow", highlight=False, markup=False, soft_wrap=True)
     start = f"from {checkpoint}" if checkpoint else "from the beginning: no checkpoint had been finished"
     console.print(f"resuming {start}", highlight=False, markup=False)
     return checkpoint
+
+
+def inside_a_batch(checkpoint: Path, params: TrainParams) -> str:
+    """What to say of a checkpoint between two passes over the same answers, which are not kept; "" of any other."""
+    step, passes = int(checkpoint.name.rpartition("-")[2]), params.rl.num_iterations
+    if params.method not in RL_METHODS or step % passes == 0:
+        return ""
+    return (
+        f"step {step:,} lies inside the {passes} passes over one batch of answers: the batch is sampled anew, so the "
+        "run goes on otherwise than it would have without a stop."
+    )
 
 
 def _tell_foreign_output(params: TrainParams, *, resume: bool, overwrite: bool, console: Console) -> None:
@@ -256,11 +272,15 @@ def without_long_rows(
 ) -> tuple[Loaded, int]:
     """With over_length="drop": the rows whose sides fit into max_length, and how many did not; else all of them.
 
+    With rewards the longest answer that may be generated counts in place of the caption, which the model never reads.
     UserError for rows that stay too long however their news text is shortened, or that are too long at all with
     over_length="error": a run must not meet them in the middle of an epoch.
     """
     shortens = params.sft.over_length == "shorten"
-    room = params.basic.max_length - collator.template_bytes() - spec.most_image_tokens(processor)
+    limit = params.basic.max_length
+    if params.method in RL_METHODS:  # the sides have a stand-in for the answer
+        limit += min(stand_in_tokens(collator) - params.rl.max_completion_length, 0)
+    room = limit - collator.template_bytes() - spec.most_image_tokens(processor)
 
     def too_long(samples: Sequence[Sample]) -> set[int]:
         kept = [replace(sample, prompt=sample.prompt.with_news("")) if shortens else sample for sample in samples]
@@ -268,7 +288,7 @@ def without_long_rows(
         # A token has a byte at least: most rows need no tokenizer, and no image, to be known to fit.
         doubtful = [(i, side) for i, side in sided if len((side.prompt.text + side.answer).encode()) > room]
         lengths = collator.lengths([side for _, side in doubtful])
-        return {i for (i, _), length in zip(doubtful, lengths, strict=True) if length > params.basic.max_length}
+        return {i for (i, _), length in zip(doubtful, lengths, strict=True) if length > limit}
 
     long = [too_long(samples) for samples in (loaded.train, loaded.heldout)]
     if not any(long):
@@ -282,12 +302,25 @@ def without_long_rows(
     )
     if not train:
         raise UserError(
-            f"no row is left: every one has more than basic.max_length={params.basic.max_length} tokens and "
-            'sft.over_length is "drop". Raise basic.max_length, or for Aya lower basic.max_image_tiles.'
+            f"no row is left: every one has more than basic.max_length={params.basic.max_length} tokens"
+            f'{_with_answer(params)} and sft.over_length is "drop". Raise basic.max_length, or for Aya lower '
+            "basic.max_image_tiles."
         )
     kept, kept_heldout = (Counter(sample.language for sample in samples) for samples in (train, heldout))
     counts = {language: (kept[language], kept_heldout[language]) for language in loaded.rows_per_language}
     return replace(loaded, train=train, heldout=heldout, rows_per_language=counts), sum(map(len, long))
+
+
+def stand_in_tokens(collator: Any) -> int:
+    """Return how many tokens the stand-in for an answer adds to any prompt, the end of its turn included."""
+    row = Sample(image=None, prompt=Prompt(instruction=STAND_IN), answer=STAND_IN, language="")
+    return int(collator.lengths([row])[0]) - int(collator.prompts([row])["attention_mask"].sum())
+
+
+def _with_answer(params: TrainParams) -> str:
+    """What of a row's length is no text of its own, in words."""
+    answer = params.rl.max_completion_length
+    return f" with an answer of rl.max_completion_length={answer:,}" if params.method in RL_METHODS else ""
 
 
 def _too_long(rows: Sequence[Sample], params: TrainParams) -> UserError:
@@ -295,8 +328,8 @@ def _too_long(rows: Sequence[Sample], params: TrainParams) -> UserError:
     even = " even without news text" if params.sft.over_length == "shorten" else ""
     return UserError(
         f"{len(rows):,} row{'s' if len(rows) > 1 else ''} ({names}) would have more than basic.max_length="
-        f"{params.basic.max_length:,} tokens{even}. Raise basic.max_length (or for Aya lower basic.max_image_tiles), "
-        "or leave such rows out with --set sft.over_length=drop."
+        f"{params.basic.max_length:,} tokens{_with_answer(params)}{even}. Raise basic.max_length (or for Aya lower "
+        "basic.max_image_tiles), or leave such rows out with --set sft.over_length=drop."
     )
 
 

@@ -8,13 +8,16 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from inft.data.references import grouped
 from inft.evaluation.generate import decode_captions, generate_tokens
 from inft.models.collate import CaptionCollator
 from inft.rewards.load import Reward
-from inft.rewards.score import score, score_all, weighted_sum
+from inft.rewards.score import refuse_unrewarded, score, score_all, weighted_sum
 from inft.sample import Sample
+from inft.training.callbacks import BestCallback
+from inft.training.prepare import STAND_IN
 from inft.training.processes import gather, on_main, process_count, rank
 from inft.training.rows import RowCollator
 from inft.training.runtrainer import RunTrainer
@@ -98,6 +101,8 @@ class RewardedTrainer(RunTrainer):
             eval_dataset=prompts_of(rows, heldout) if heldout else None,
             **run,
         )
+        passes = getattr(self.args, "num_ppo_epochs", None) or self.args.num_iterations
+        self.add_callback(SavesBetweenBatches(passes, self.best))  # after those that ask for a checkpoint
 
     def samples(self, numbers: Tensor | Sequence[int]) -> list[Sample]:
         """The rows of some numbers."""
@@ -126,9 +131,35 @@ class RewardedTrainer(RunTrainer):
         return {f"{prefix}_{name}": value for name, value in figures.items()}
 
 
-def with_an_answer(sample: Sample) -> Sequence[Sample]:
-    """A row as the guards and the plan look at it: without a caption of its own it has a stand-in for an answer."""
-    return (sample if sample.answer.strip() else replace(sample, answer="."),)
+class SavesBetweenBatches(TrainerCallback):
+    """Puts a checkpoint off, and a stop that waits for it, to the last pass over a batch of answers.
+
+    The answers are not in a checkpoint: a run that went on between two passes would sample others.
+    """
+
+    def __init__(self, passes: int, best: BestCallback) -> None:
+        self.passes = passes  # optimizer steps on one batch of answers
+        self.best = best
+        self._due = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep what asks for a checkpoint until the answers have had their passes, or the run its steps."""
+        if self.best.stopped_early:  # nothing goes on from there
+            return
+        if state.global_step % self.passes and state.global_step < state.max_steps:
+            self._due = self._due or control.should_save
+            control.should_save = control.should_training_stop = False  # GracefulStop asks again at the next step
+        elif self._due:
+            self._due, control.should_save = False, True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The same for a signal during an evaluation."""
+        self.on_step_end(args, state, control)
+
+
+def prompt_alone(sample: Sample) -> Sequence[Sample]:
+    """A row as the guards look at it: the model reads its prompt alone, to which a stand-in is the answer."""
+    return (replace(sample, answer=STAND_IN),)
 
 
 def prompts_of(rows: RowCollator, numbers: range) -> Dataset:
@@ -137,24 +168,36 @@ def prompts_of(rows: RowCollator, numbers: range) -> Dataset:
 
 
 def trainer_rewards(rewards: Sequence[Reward], rows: RowCollator) -> list[Callable[..., Any]]:
-    """The rewards as a trainer calls them, with the rows' numbers in the column ``row``."""
-    return [_TrainerReward(reward, rows) for reward in rewards]
+    """The rewards as a trainer calls them, one after the other, with the rows' numbers in the column ``row``.
+
+    Errors: UserError of the last one for an answer that none of them rewards.
+    """
+    found: dict[str, list[float | None]] = {}
+    return [_TrainerReward(reward, rows, found, last=reward is rewards[-1]) for reward in rewards]
 
 
 class _TrainerReward:
     """A reward function that is given the rows themselves, and answers without template tokens."""
 
-    def __init__(self, reward: Reward, rows: RowCollator) -> None:
+    def __init__(self, reward: Reward, rows: RowCollator, found: dict[str, list[float | None]], *, last: bool) -> None:
         self.__name__ = reward.name  # in the log
         self.reward = reward
         self.rows = rows
+        self.found = found  # by all functions, of the answers that are being rewarded
+        self.last = last
 
     def __call__(
         self, *, completion_ids: Sequence[Sequence[int]], row: Sequence[int], **columns: Any
     ) -> list[float | None]:
         samples = [self.rows.rows[number] for number in row]
         texts = decode_captions(self.rows.collator, completion_ids)
-        return score(self.reward, samples=samples, completions=texts, completion_ids=completion_ids)
+        values = score(self.reward, samples=samples, completions=texts, completion_ids=completion_ids)
+        self.found[self.reward.name] = values
+        if self.last:
+            found = dict(self.found)
+            self.found.clear()
+            refuse_unrewarded(found, samples)
+        return values
 
 
 def end_answers_as_taught(model: PeftModel, collator: CaptionCollator) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,10 @@ from torch.utils.data import get_worker_info
 
 from craft.collate import SAMPLE_IDS
 from inft.sample import Pair, Sample
+from params import TrainParams
 
 if TYPE_CHECKING:
+    from inft.models.collate import CaptionCollator
     from inft.models.pairs import PairCollator
 
 ROWS = "rows"  # key of a held-out batch: the number of each row
@@ -53,6 +56,13 @@ class RowCollator:
         """The numbers of the held-out rows; None without any."""
         heldout = range(self.first_heldout, len(self.rows))
         return Dataset.from_dict({"row": heldout}) if heldout else None
+
+
+def prompt_collator(collator: "CaptionCollator", params: TrainParams) -> "CaptionCollator":
+    """The collator with prompts that leave room for the longest answer within basic.max_length."""
+    fitting = copy(collator)  # which counts what it shortens with the other
+    fitting.max_length = params.basic.max_length - params.rl.max_completion_length
+    return fitting
 
 
 class PairRows:

@@ -181,7 +181,8 @@ class RunTrainer(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]  #
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone: the processor is in best/, and the arguments (a pickle) are in params.yaml."""
         assert output_dir is not None
-        save_adapter(self.model, Path(output_dir))
+        if self.args.should_save:  # transformers calls this in every process
+            save_adapter(self.model, Path(output_dir))
 
     def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
         position: tuple[int, int] = super()._init_training_state(max_steps, *rest)

@@ -125,3 +125,14 @@ def test_list_params_shows_every_field_of_a_section(inft):
     assert "lora.r" not in found.out
     assert "lora.r" in inft("list-params").out
     assert "known: basic, data" in inft("list-params", "sfd").err
+
+
+def test_list_params_takes_several_sections_and_its_help_names_all(inft):
+    from params.check import SECTIONS
+
+    found = inft("list-params", "preference", "rl").out
+    assert "preference.dpo_beta" in found
+    assert "rl.rewards" in found
+    assert "sft.lr" not in found
+    assert "|".join(SECTIONS) in "".join(inft("list-params", "--help").out.split())
+    assert "unknown section 'rk'" in inft("list-params", "sft", "rk").err

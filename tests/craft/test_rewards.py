@@ -46,6 +46,19 @@ def test_an_error_names_the_function_and_the_row_that_it_fails_on():
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def test_a_function_that_exits_is_told_and_ctrl_c_is_not_caught():
+    def leaving(completions, **columns):
+        raise SystemExit(3)
+
+    def stopped(completions, **columns):
+        raise KeyboardInterrupt
+
+    with pytest.raises(ValueError, match=r"'leaving' raised SystemExit for row 0 \('good'\): 3"):
+        call(leaving)
+    with pytest.raises(KeyboardInterrupt):
+        call(stopped)
+
+
 def test_an_error_of_no_single_row_names_the_function():
     def only_singles(completions, **columns):
         if len(completions) > 1:

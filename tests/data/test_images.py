@@ -181,10 +181,22 @@ def test_a_url_is_refused(tmp_path: Path, name: str) -> None:
         file_image(tmp_path, name).load()
 
 
-@pytest.mark.parametrize("name", [None, 7, "", ["a.png"], {"a": 1}])
+@pytest.mark.parametrize("name", [None, 7, "", [["a.png"]], {"a": 1}])
 def test_what_is_no_path_is_refused(tmp_path: Path, name: object) -> None:
     with pytest.raises(ImageError, match="not a path"):
         file_image(tmp_path, name).load()
+
+
+@pytest.mark.parametrize(("names", "count"), [([], 0), (["a.png", "a.png"], 2)])
+def test_a_row_has_one_image(tmp_path: Path, names: list[str], count: int, picture) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    assert file_image(tmp_path, ["a.png"]) == file_image(tmp_path, "a.png")
+    for image in (
+        file_image(tmp_path, names),
+        TableImage(table=[{"images": names}], index=0, column="images", roots=(tmp_path,)),
+    ):
+        with pytest.raises(ImageError, match=f"it has {count} images: a row has one"):
+            image.load()
 
 
 def test_an_absolute_path_inside_the_directory_is_taken(tmp_path: Path) -> None:

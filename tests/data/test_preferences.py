@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from inft.data.batches import load_samples
 from inft.data.images import BadImage
 from inft.data.preferences import Preference, Unusable, read_preference, read_prompt
-from inft.data.prompts import clean_text
+from inft.data.prompts import keep_spacing
 from params.errors import UserError
 from params.munichus import MUNIChusLoadConfig
 
@@ -41,7 +41,7 @@ def test_any_values_are_a_preference_or_a_reason(prompt, chosen, rejected):
     assert found.chosen.strip()
     assert found.rejected.strip()
     assert found.chosen != found.rejected
-    assert all(text == clean_text(text) for text in (found.prompt, found.chosen, found.rejected))
+    assert all(text == keep_spacing(text) for text in (found.prompt, found.chosen, found.rejected))
 
 
 @given(WORDS, WORDS, WORDS)
@@ -62,7 +62,7 @@ def test_every_form_of_a_preference_says_the_same(prompt, chosen, rejected):
         },
     ]
     for form in forms:
-        if clean_text(chosen) == clean_text(rejected):
+        if chosen == rejected:
             with pytest.raises(Unusable, match="equal"):
                 read_preference(form)
         else:
@@ -99,8 +99,28 @@ def test_a_row_that_teaches_nothing_says_why(values, reason):
 
 def test_an_answer_keeps_its_lines_and_a_prompt_its_own():
     found = read_preference({"prompt": "one\n\ntwo", "chosen": "a\nb", "rejected": "a  b"})
-    assert found == Preference(prompt="one\n\ntwo", chosen="a\nb", rejected="a b")
+    assert found == Preference(prompt="one\n\ntwo", chosen="a\nb", rejected="a  b")
     assert read_prompt([user("one\ntwo")]) == "one\ntwo"
+
+
+CODE = "def f(x):\n    if x:\n\treturn  x\n\n\n    return 0"
+
+
+def test_answers_and_prompts_keep_their_indentation_and_lose_control_characters_alone():
+    flat = CODE.replace("    return", "  return")
+    given = {"prompt": f"  Mend this:\r\n{CODE} ", "chosen": f"{CODE}\n\x00", "rejected": flat.replace("x", "x\x1b")}
+    found = read_preference(given)
+    assert found == Preference(prompt=f"Mend this:\n{CODE}", chosen=CODE, rejected=flat)
+    turns = {"chosen": [user("a  b"), assistant(CODE)], "rejected": [user("a b"), assistant(flat)]}
+    assert read_preference(turns) == Preference(prompt="a  b", chosen=CODE, rejected=flat)
+
+
+def test_an_indented_answer_reaches_the_sample_as_it_is(write_jsonl):
+    rows = [{**row, "prompt": f"{row['prompt']}\n{CODE}", "chosen": f"{CODE}  # {row['image']}"} for row in ROWS]
+    loaded = load(write_jsonl(rows))
+    samples = [*loaded.train, *loaded.heldout]
+    assert {s.answer for s in samples} == {row["chosen"] for row in rows}
+    assert {s.prompt.text for s in samples} == {row["prompt"] for row in rows}
 
 
 ROWS = [
@@ -208,6 +228,83 @@ def test_a_prompt_is_never_both_trained_on_and_held_out(write_jsonl):
     trained, heldout = ({sample.prompt.text for sample in part} for part in (loaded.train, loaded.heldout))
     assert heldout
     assert not trained & heldout
+
+
+@pytest.mark.parametrize("kind", ["preferences", "references"])
+def test_nor_is_it_where_rows_have_titles_too(write_jsonl, kind):
+    rows = [
+        {
+            "prompt": f"Question {n // 4}",
+            **({"title": f"title {n}"} if n % 4 else {}),
+            "chosen": f"yes {n}",
+            "caption": f"yes {n}",
+            "rejected": f"no {n}",
+        }
+        for n in range(80)
+    ]
+    loaded = load(write_jsonl(rows), images=False, kind=kind, default_language="en")
+    trained, heldout = ({sample.prompt.text for sample in part} for part in (loaded.train, loaded.heldout))
+    assert heldout
+    assert not trained & heldout
+
+
+def test_one_instruction_for_different_news_makes_no_group(write_jsonl):
+    rows = [
+        {"prompt": "Write a title.", "content": f"news {n}", "chosen": f"yes {n}", "rejected": "no", "language": "en"}
+        for n in range(40)
+    ]
+    assert 2 <= len(load(write_jsonl(rows), images=False, context="content").heldout) <= 20
+
+
+def test_a_list_of_one_image_is_that_image(write_jsonl):
+    place = write_jsonl(ROWS)
+    lines = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    listed = [{**{k: v for k, v in line.items() if k != "image"}, "images": [line["image"]]} for line in lines]
+    plain = load(place)
+    loaded = load(write_jsonl(listed))
+    assert loaded.fingerprint == plain.fingerprint
+    twice = load(write_jsonl([*listed, {**listed[0], "images": [lines[0]["image"], lines[1]["image"]]}]), **LENIENT)
+    assert [row.reason for row in twice.bad] == ["it has 2 images: a row has one"]
+
+
+LENIENT = {"max_bad_fraction": 0.2}
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_table_may_list_a_row_s_image(tmp_path, picture, typed):
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"images": [{"bytes": picture(n), "path": None}], "prompt": f"{n}?", "chosen": f"{n}", "rejected": f"not {n}"}
+        for n in range(11)
+    ]
+    table = datasets.Dataset.from_list(rows)
+    if typed:
+        table = table.cast_column("images", datasets.List(datasets.Image()))
+    table.to_parquet(str(tmp_path / "train.parquet"))
+    loaded = load(tmp_path)
+    samples = [*loaded.train, *loaded.heldout]
+    assert len({sample.meta["picture"] for sample in samples}) == 11
+    assert all(sample.image.load().getpixel((0, 0))[0] == int(sample.answer) for sample in samples)
+
+
+def test_where_rows_are_preferences_the_chosen_answer_is_the_reference(write_jsonl):
+    loaded = load(write_jsonl(ROWS), kind="references")
+    assert {sample.answer for sample in loaded.train} <= {row["chosen"] for row in ROWS}
+    assert all(sample.rejected is None for sample in loaded.train)
+    turns = [
+        {
+            "image": row["image"],
+            "best": [user(row["prompt"]), assistant(row["chosen"])],
+            "rejected": [user(row["prompt"]), assistant(row["rejected"])],
+        }
+        for row in ROWS
+    ]
+    told = load(write_jsonl(turns), kind="references", columns={"chosen": "best", "rejected": "worst"})
+    said = {(sample.prompt.text, sample.answer) for sample in [*told.train, *told.heldout]}
+    assert said == {(row["prompt"], row["chosen"]) for row in ROWS}
+    both = [{**row, "caption": f"caption {row['image']}"} for row in ROWS]
+    assert load(write_jsonl(both), kind="references").train[0].answer.startswith("caption")
 
 
 def test_the_fingerprint_covers_the_rejected_answers(write_jsonl):

@@ -177,6 +177,7 @@ def test_a_run_tells_its_checkpoints_and_its_best_adapter(run):
     assert found.kind == "run"
     assert [(entry.step, entry.damage) for entry in found.checkpoints] == [(4, None), (2, None)]
     assert (found.run["family"], found.run["mode"], found.run["task"]) == ("text", "basic", "text_basic_demo")
+    assert found.run["method"] == found.adapter.method == "sft"
     facts = found.adapter
     assert facts.directory == str(run / "best")
     assert (facts.init, facts.r) == ("pissa", 8)  # stored as a plain LoRA of twice the rank
@@ -195,7 +196,9 @@ def test_a_run_with_a_damaged_checkpoint_and_no_adapter_is_still_told(run):
 
 
 def test_a_checkpoint_is_described_by_its_run(run):
+    (run / "params.yaml").write_text((run / "params.yaml").read_text().replace("method: sft", "method: dpo"))
     found = inspect_directory(run / "checkpoint-4")
+    assert found.adapter.method == "dpo"
     assert (found.kind, found.checkpoints[0].step, found.checkpoints[0].damage) == ("checkpoint", 4, None)
     assert (found.adapter.family, found.adapter.base_model, found.adapter.mode) == ("text", "", "basic")
     assert (found.adapter.init, found.adapter.r) == ("pissa", 4)

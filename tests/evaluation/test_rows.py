@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from inft.data.batches import held_out_entries
+from inft.data.batches import held_out_entries, load_samples
 from inft.evaluation.rows import load_rows
 from inft.evaluation.shuffle import with_shuffled_images
+from inft.training.methods.grpo import row_kind
 from params import MUNIChusLoadConfig, UserError
 from params.evaluation import HELDOUT
+from params.resolve import resolve_train
 
 
 @pytest.fixture
@@ -91,8 +93,6 @@ def test_the_split_heldout_is_what_the_run_held_out(tmp_path):
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trained = MUNIChusLoadConfig(data=str(tmp_path), eval_fraction=0.2, seed=3)
     asked = MUNIChusLoadConfig(data=str(tmp_path), split="heldout")
-    from inft.data.batches import load_samples
-
     expected = {s.answer for s in load_samples(trained, quarantine_file=None, with_images=False).heldout}
     found = load_rows(asked, limit=None, with_images=False, trained=trained)
     assert {row.references[0] for row in found.rows} == expected
@@ -141,3 +141,57 @@ def test_rows_of_a_run_on_preferences_have_its_prompts_and_chosen_answers(tmp_pa
     assert {row.sample.answer for row in found} == {entry.sample.answer for entry in again}
     assert all(row.references == (row.sample.answer,) and row.sample.answer.startswith("A star") for row in found)
     assert all(row.sample.prompt.text.startswith("What is in picture") for row in found)
+
+
+def prompted_rows(tmp_path):
+    """A data set of prompts, most of them without a caption."""
+    rows = [
+        {"prompt": f"Question {n}", "caption": "" if n % 3 else f"answer {n}", "language": "en"} for n in range(120)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return MUNIChusLoadConfig(data=str(tmp_path), languages=("en",), eval_fraction=0.3, max_rows_per_lang=90)
+
+
+@pytest.mark.parametrize("rewards", [("length",), ("chrf",), ("length", "exact")])
+def test_no_row_that_a_run_with_rewards_trained_on_is_held_out(tmp_path, rewards):
+    trained = replace(prompted_rows(tmp_path), remove_empty=True)
+    run = resolve_train("text", method="grpo", overrides=[f"rl.rewards={','.join(rewards)}"])
+    loaded = load_samples(trained, quarantine_file=None, with_images=False, kind=row_kind(run))
+    held = replace(trained, split=HELDOUT)
+    found = load_rows(held, limit=None, with_images=False, trained=trained, method="grpo", rewards=rewards)
+    evaluated = {row.sample.prompt.text for row in found.rows}
+    assert evaluated
+    assert not evaluated & {sample.prompt.text for sample in loaded.train}
+    answered = {sample.prompt.text for sample in loaded.heldout if sample.answer}
+    assert evaluated == answered
+    if row_kind(run) == "prompts":
+        assert found.without_reference == len(loaded.heldout) - len(answered) > 0
+
+
+def test_a_reward_that_is_gone_is_told_with_what_it_is_needed_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = prompted_rows(tmp_path)
+    held = replace(trained, split=HELDOUT)
+    with pytest.raises(UserError, match=r"no module no_such_rewards.*depends on its rewards.*--split"):
+        load_rows(held, limit=None, with_images=False, trained=trained, method="ppo", rewards=("no_such_rewards:f",))
+    trained = replace(trained, remove_empty=True)
+    needed = ("no_such_rewards:f", "chrf")  # with chrf the answer is known
+    assert load_rows(held, limit=None, with_images=False, trained=trained, method="ppo", rewards=needed).rows
+
+
+@pytest.mark.parametrize("columns", [{}, {"chosen": "best", "rejected": "worst"}])
+def test_a_test_file_of_captions_is_enough_after_a_run_on_preferences(tmp_path, columns):
+    best, worst = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
+    train = [{"prompt": f"q {n}", best: f"yes {n}", worst: f"no {n}", "language": "en"} for n in range(20)]
+    test = [{"prompt": f"t {n}", "caption": f"caption {n}", "language": "en"} for n in range(5)]
+    for name, rows in {"train": train, "test": test, "validation": train[:3]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    trained = MUNIChusLoadConfig(data=str(tmp_path), languages=("en",), columns=columns)
+
+    def references(split: str) -> list[tuple[str, ...]]:
+        asked = replace(trained, split=split)
+        rows = load_rows(asked, limit=None, with_images=False, trained=trained, method="dpo").rows
+        return [row.references for row in rows]
+
+    assert references("test") == [(f"caption {n}",) for n in range(5)]
+    assert references("validation") == references(HELDOUT) == [(f"yes {n}",) for n in range(3)]

@@ -42,3 +42,15 @@ def test_a_directory_may_begin_at_home_and_not_be_empty():
 def test_no_model_name_is_no_embedded_model():
     with pytest.raises(UserError, match="the model name is empty: name a hub id or a local path with --model"):
         resolve_eval("llama32", model_name="")
+
+
+def test_what_a_run_rewarded_is_kept_for_its_held_out_rows():
+    overrides = ["rl.rewards=exact,length"]
+    run = asdict(resolve_train("text", method="grpo", overrides=overrides))
+    assert (resolve_eval("text", trained=run).method, resolve_eval("text", trained=run).rewards) == (
+        "grpo",
+        ("exact", "length"),
+    )
+    del run["rl"]
+    assert resolve_eval("text", trained=run).rewards == ("chrf",)
+    assert resolve_eval("text", trained=asdict(resolve_train("text"))).rewards == ()

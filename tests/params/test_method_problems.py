@@ -5,6 +5,7 @@ import pytest
 
 from params import PreferenceParams, RLParams, UserError
 from params.check import SECTIONS
+from params.craft import CRAFT_PRESETS
 from params.describe import describe_field
 from params.methods import ONE_METHOD, PREFERENCE_METHODS, RL_METHODS
 from params.presets import DEMO_LANGUAGES, METHOD, METHOD_DEMO, METHODS, MODEL_NAMES, TRAINING_MODES
@@ -169,3 +170,70 @@ def test_every_field_of_the_new_sections_is_told_with_its_meaning():
         for field in dataclasses.fields(SECTIONS[section]):
             assert describe_field(f"{section}.{field.name}").help
     assert describe_field("rl.reward_weights").type == "list of number"
+
+
+@pytest.mark.parametrize("method", RL_METHODS)
+@pytest.mark.parametrize(
+    ("flags", "overrides"),
+    [
+        ({"craft_preset": "aggressive"}, []),
+        ({"craft": True}, ["craft.gradient_balancing=gradnorm"]),
+        ({"craft": True}, ["craft.gradient_balancing=uncertainty"]),
+    ],
+)
+def test_losses_around_zero_are_not_weighed_by_their_size(method, flags, overrides):
+    many = ["sft.per_device_train_batch_size=8", *overrides]
+    said = message("aya", method=method, overrides=many, flags=flags)
+    assert "weighs losses by their size" in said
+    assert "add --set craft.gradient_balancing=pcgrad" in said
+    assert ("--craft-preset aggressive" in said) == ("craft_preset" in flags)
+    mended = [*many, "craft.gradient_balancing=pcgrad"]
+    assert resolve_train("aya", method=method, overrides=mended, flags=flags).craft.gradient_balancing == "pcgrad"
+    if not overrides:
+        assert resolve_train("aya", method="dpo", overrides=many, flags={**flags, **SAMPLE}).craft.enabled
+
+
+@pytest.mark.parametrize("preset", [name for name in CRAFT_PRESETS if name != "aggressive"])
+@pytest.mark.parametrize("method", RL_METHODS)
+def test_every_other_preset_of_craft_goes_with_rewards(method, preset):
+    assert resolve_train("aya", method=method, demo=True, flags={"craft_preset": preset}).craft.enabled
+
+
+def test_answers_to_one_prompt_are_no_negatives_of_each_other(monkeypatch):
+    one_prompt = [
+        "sft.per_device_train_batch_size=4",
+        "sft.gradient_accumulation_steps=2",
+        "rl.num_generations=8",
+        "rl.rewards=length",
+    ]
+    said = message("aya", method="grpo", overrides=one_prompt, flags={"craft": True})
+    assert "the 8 answers of an optimizer step are all to one prompt (rl.num_generations=8)" in said
+    for more in ("rl.num_generations=4", "sft.gradient_accumulation_steps=4", "craft.negative_strategy=queue"):
+        assert resolve_train("aya", method="grpo", overrides=[*one_prompt, more], flags={"craft": True}).craft.enabled
+    pairs = {"craft_pairs": "translations"}
+    assert resolve_train("aya", method="grpo", overrides=one_prompt, flags=pairs).craft.enabled
+    assert resolve_train("aya", method="grpo", overrides=one_prompt).method == "grpo"
+    assert resolve_train("aya", method="ppo", overrides=[*one_prompt[:2]], flags={"craft": True}).craft.enabled
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolve_train("aya", method="grpo", overrides=one_prompt, flags={"craft": True}).craft.enabled
+
+
+def test_a_flag_that_nothing_reads_is_told_even_at_its_default(tmp_path):
+    told = "rl.rewards has no effect with --method dpo: add --method grpo or --method ppo, or leave it out"
+    assert told in message("aya", method="dpo", flags={"rewards": "chrf", **SAMPLE})
+    assert told in message("aya", method="dpo", overrides=["rl.rewards=chrf"], flags=SAMPLE)
+    file = tmp_path / "params.yaml"  # a saved run names every field
+    file.write_text(dump_yaml(resolve_train("aya", method="dpo", flags=SAMPLE)), encoding="utf-8")
+    assert resolve_train("aya", config_file=file).method == "dpo"
+
+
+@pytest.mark.parametrize("flags", [{"craft": True}, {"craft_pairs": "translations"}])
+@pytest.mark.parametrize(
+    "overrides", [["craft.beta=0.3"], ["craft.beta=0"], ["craft.beta=0.3", "craft.beta_mode=auto"]]
+)
+def test_an_order_of_batches_that_there_is_not_is_one_mistake_each(flags, overrides):
+    many = ["sft.per_device_train_batch_size=4", *overrides]
+    said = message("aya", method="dpo", overrides=many, flags={**flags, **SAMPLE})
+    assert said.count("no effect with --method dpo") == len(overrides)
+    assert "craft-pairs" not in said
+    assert "errors in the parameters" not in said or f"{len(overrides)} errors" in said

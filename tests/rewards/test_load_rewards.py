@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from inft.rewards import REWARDS
+from inft.rewards import COLUMNS, REWARDS
 from inft.rewards.load import load_rewards
-from inft.rewards.score import score, score_all, weighted_sum
+from inft.rewards.score import refuse_unrewarded, score, score_all, weighted_sum
 from inft.sample import Prompt, Sample
 from params.describe import describe_field
 from params.errors import UserError
@@ -110,8 +110,7 @@ def test_a_function_of_the_user_s_own_is_found_in_the_current_directory(own):
 
 def test_a_file_of_the_current_directory_stands_for_no_installed_module(own, tmp_path):
     (tmp_path / "string.py").write_text("def capwords(completions, **columns): return [7.0] * len(completions)\n")
-    (reward,) = load_rewards(["string:capwords"])
-    assert reward.function("a b") == "A B"
+    assert "it needs 's', which there is not" in refused("string:capwords")
 
 
 def test_what_cannot_be_loaded_is_refused_with_a_suggestion(own, tmp_path):
@@ -153,6 +152,86 @@ def test_a_function_that_misbehaves_is_named_with_the_row(own):
 
 def test_a_function_gets_the_columns_of_the_convention(own):
     assert scored(f"{own(OWN)}:told") == [1.0, 1.0, 1.0]
+
+
+SIGNATURES = """
+import functools, random
+
+def brevity(completions, prompts, references, languages):
+    return [1 / (1 + len(text)) for text in completions]
+
+def all_of_them(completions, **columns):
+    return [float(len(columns)) for _ in completions]
+
+class Judge:
+    def __call__(self, completions, samples):
+        return [float(sample.answer == text) for text, sample in zip(completions, samples, strict=True)]
+
+judge = Judge()
+
+def scaled(completions, scale, languages=("xx",)):
+    return [scale * (languages == ["xx"]) * len(text) for text in completions]
+
+triple = functools.partial(scaled, scale=3, languages=["xx"])
+largest = max
+
+def needing(completions, reference):
+    return [0.0 for _ in completions]
+
+def by_place(completions, /):
+    return [0.0 for _ in completions]
+
+def leaving(completions):
+    raise SystemExit(3)
+
+def by_library(completions):
+    return [random.choice("") for _ in completions]  # line 32
+"""
+
+
+def test_a_function_gets_what_its_signature_takes(own):
+    module = own(SIGNATURES)
+    assert scored(f"{module}:brevity") == [0.25, 0.25, 0.5]
+    assert scored(f"{module}:all_of_them") == [5.0, 5.0, 5.0]
+    assert scored(f"{module}:judge") == [1.0, 1.0, 0.0]
+    assert scored(f"{module}:triple") == [9.0, 9.0, 3.0]
+
+
+def test_a_function_whose_signature_cannot_be_read_gets_everything(own):
+    module = own(SIGNATURES)
+    with pytest.raises(UserError, match=rf"rl\.rewards={module}:largest: .*'max' raised TypeError"):
+        scored(f"{module}:largest")
+
+
+def test_a_parameter_that_is_not_given_is_refused_before_the_first_step(own):
+    module = own(SIGNATURES)
+    told = refused(f"{module}:needing")
+    assert f"rl.rewards={module}:needing: it needs 'reference', which there is not" in told
+    assert all(name in told for name in COLUMNS)
+    assert "'completions' is positional only" in refused(f"{module}:by_place")
+    assert "it needs 'scale'" in refused(f"{module}:scaled")
+
+
+def test_an_error_in_a_library_is_told_with_the_users_line(own):
+    module = own(SIGNATURES)
+    with pytest.raises(UserError, match=rf"raised IndexError .*\({module}\.py line 32\)"):
+        scored(f"{module}:by_library")
+    wrong = own("import json\n\nTABLE = json.loads('{')\n")
+    assert f"({wrong}.py line 3)" in refused(f"{wrong}:f")
+
+
+def test_a_function_or_module_that_exits_is_told_as_any_other_error(own):
+    module = own(SIGNATURES)
+    with pytest.raises(UserError, match=rf"raised SystemExit .*: 3 \({module}\.py line \d+\) \[row one\]"):
+        scored(f"{module}:leaving")
+    leaving = own("raise SystemExit(3)")
+    assert f"failed with SystemExit: 3 ({leaving}.py line 1)" in refused(f"{leaving}:f")
+
+
+def test_an_answer_that_no_function_rewards_is_refused_with_its_row():
+    refuse_unrewarded({"a": [None, 1.0, None], "b": [0.0, None, 2.0]}, SAMPLES)
+    with pytest.raises(UserError, match="the answer to row two has no reward: a, b returned None for it"):
+        refuse_unrewarded({"a": [1.0, None, 1.0], "b": [None, None, None]}, SAMPLES)
 
 
 def test_rewards_are_added_with_their_weights_and_none_adds_nothing(own):

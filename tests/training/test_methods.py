@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
 from inft.data.batches import load_samples
+from inft.models.collate import CaptionCollator
 from inft.models.preferences import sides
 from inft.training.best import read_best
+from inft.training.callbacks import GracefulStop
 from inft.training.run import fit
 from inft.training.runlog import COMMON, EVENTS, read_events
 from params import CraftParams, TrainParams, UserError
@@ -362,6 +364,12 @@ def short(completions, **columns):
 
 def nothing(completions, **columns):
     return [float("nan")] * len(completions)
+
+def none(completions):
+    return [None for _ in completions]
+
+def leaving(completions):
+    raise SystemExit(3)
 """
     (tmp_path / "bad_rewards.py").write_text(source, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -375,7 +383,12 @@ def nothing(completions, **columns):
 @pytest.mark.parametrize("method", REWARDED)
 @pytest.mark.parametrize(
     ("function", "words"),
-    [("raising", "raised ZeroDivisionError"), ("short", "returned 1 rewards for"), ("nothing", "returned nan")],
+    [
+        ("raising", "raised ZeroDivisionError"),
+        ("short", "returned 1 rewards for"),
+        ("nothing", "returned nan"),
+        ("leaving", "raised SystemExit"),
+    ],
 )
 @pytest.mark.usefixtures("rewards_here")
 def test_a_reward_function_that_misbehaves_is_a_users_error(
@@ -386,6 +399,105 @@ def test_a_reward_function_that_misbehaves_is_a_users_error(
         fit(params, console=QUIET)
     (error,) = events(params, "error")
     assert error["kind"] == "UserError"
+
+
+@pytest.mark.parametrize("method", REWARDED)
+@pytest.mark.usefixtures("rewards_here")
+def test_an_answer_without_any_reward_is_not_trained_on(
+    of: Callable[..., TrainParams], tmp_path: Path, method: str
+) -> None:
+    alone = of(method, tmp_path / "alone", rl__rewards=("bad_rewards:none",), sft__eval_steps=100)
+    with pytest.raises(UserError, match=r"the answer to .* has no reward: bad_rewards:none returned None"):
+        fit(alone, console=QUIET)
+    beside = of(method, tmp_path / "beside", rl__rewards=("bad_rewards:none", "length"), sft__max_steps=2)
+    assert fit(beside, console=QUIET).status == "finished"
+
+
+def long_rows(file: Path, **columns: str) -> dict[str, Any]:
+    """Twelve rows in one file, in the fourth of which some columns are long; what of the parameters reads them."""
+    rows = [{"title": f"t{i}", "content": "abc", "caption": "xyz", "language": "en"} for i in range(12)]
+    rows[3] |= columns
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"data__data": str(file), "data__languages": ("en",), "data__eval_fraction": 0.0}
+
+
+@pytest.mark.parametrize("method", REWARDED)
+def test_a_long_reference_is_no_part_of_a_rows_length_and_the_answer_is(
+    of: Callable[..., TrainParams], tmp_path: Path, method: str
+) -> None:
+    data = long_rows(tmp_path / "reference.jsonl", caption="x" * 300)
+    params = of(method, tmp_path / "reference", basic__max_length=200, sft__max_steps=1, **data)
+    assert fit(params, console=QUIET).status == "finished"
+    data = long_rows(tmp_path / "prompt.jsonl", prompt="x" * 150)
+    room = {"basic__max_length": 200, **data}
+    fit(of(method, **room), dry_run=True, console=QUIET)
+    with pytest.raises(UserError, match=r"line 4.*basic\.max_length=200 tokens with an answer of .*=100 even without"):
+        fit(of(method, rl__max_completion_length=100, **room), dry_run=True, console=QUIET)
+
+
+@pytest.mark.parametrize("method", REWARDED)
+def test_news_is_shortened_to_leave_room_for_the_answer(
+    of: Callable[..., TrainParams], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = long_rows(tmp_path / "news.jsonl", content="x" * 300)
+    params = of(method, basic__max_length=200, rl__max_completion_length=20, sft__max_steps=6, **data)
+    widths, prompts = [], CaptionCollator.prompts
+
+    def measured(self: Any, samples: Any, *args: Any) -> Any:
+        batch = prompts(self, samples, *args)
+        if any(sample.meta.get("title") == "t3" for sample in samples):
+            widths.append(int(batch["attention_mask"].sum(1).max()))
+        return batch
+
+    fit(params, dry_run=True, console=QUIET)
+    monkeypatch.setattr(CaptionCollator, "prompts", measured)
+    fit(params, console=QUIET)
+    assert widths[-1] == 180  # a byte is a token here
+
+
+def test_a_prompt_beyond_the_models_context_is_a_users_error(of: Callable[..., TrainParams], tmp_path: Path) -> None:
+    data = long_rows(tmp_path / "context.jsonl", content="x" * 700)
+    params = of("ppo", basic__max_length=1000, **data)
+    with pytest.raises(UserError, match=r"line 4.*model's context of 512 leaves it 506\. Set basic\.max_length=512"):
+        fit(params, dry_run=True, console=QUIET)
+    with pytest.raises(UserError, match=r"^rl\.max_completion_length=600 leaves no room .* context of 512 tokens"):
+        fit(of("ppo", basic__max_length=1000, rl__max_completion_length=600), dry_run=True, console=QUIET)
+    assert fit(of("ppo", tmp_path / "less", basic__max_length=512, **data), console=QUIET).status == "finished"
+
+
+@pytest.mark.parametrize("method", REWARDED)
+def test_checkpoints_lie_between_batches_of_answers_and_resume_to_the_bit(
+    of: Callable[..., TrainParams], tmp_path: Path, method: str
+) -> None:
+    settings = {"sft__max_steps": 8, "sft__save_steps": 2, "sft__save_total_limit": 9, "rl__num_iterations": 3}
+    whole, broken = (of(method, tmp_path / name, **settings) for name in ("whole", "broken"))
+    fit(whole, console=QUIET)
+    assert {path.name for path in Path(whole.output_dir).glob("checkpoint-*")} == {
+        "checkpoint-3",  # asked for at 2
+        "checkpoint-6",  # at 4 and at 6
+        "checkpoint-8",  # the last one
+    }
+    stopped = GracefulStop.on_step_end
+
+    def at_four(self: Any, args: Any, state: Any, *rest: Any, **options: Any) -> None:
+        if state.global_step == 4:
+            self.requested = True
+        stopped(self, args, state, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GracefulStop, "on_step_end", at_four)
+        result = fit(broken, console=QUIET)
+    assert (result.status, result.global_step) == ("interrupted", 6)
+    said = StringIO()
+    fit(broken, resume="latest", console=Console(file=said, width=180))
+    assert "sampled anew" not in said.getvalue()
+    assert figures(broken) == figures(whole)
+    first, second = adapter(whole), adapter(broken)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    longer = of(method, tmp_path / "whole", **{**settings, "sft__max_steps": 9})
+    fit(longer, resume="latest", console=Console(file=said, width=180))
+    assert "step 8 lies inside the 3 passes over one batch of answers: the batch is sampled anew" in said.getvalue()
 
 
 @pytest.mark.parametrize("method", REWARDED)

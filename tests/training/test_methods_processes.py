@@ -32,11 +32,20 @@ import torch
 torch.set_num_threads(1)
 from rich.console import Console
 from safetensors.torch import save_file
+from inft.training import runtrainer
 from inft.training.run import fit
 from inft.training.runtrainer import RunTrainer
 from params.resolve import load_params
 
 trainers, begin = [], RunTrainer.__init__
+write = runtrainer.save_adapter
+
+def counted(model, directory):
+    with open(f"{file}.writers", "a") as writers:
+        writers.write(os.environ["RANK"])
+    write(model, directory)
+
+runtrainer.save_adapter = counted
 
 def remember(self, **options):
     begin(self, **options)
@@ -84,6 +93,7 @@ def test_replicas_stay_equal_and_evaluate_every_row_once(tmp_path: Path, runs: d
         first, second = (load_file(tmp_path / f"{method}.yaml.rank{rank}") for rank in (0, 1))
         assert all(torch.equal(first[name], second[name]) for name in first), method
         assert any(weight.any() for name, weight in first.items() if "lora_B" in name), method
+        assert (tmp_path / f"{method}.yaml.writers").read_text() == "0", method  # of checkpoint-3
         log = read_events(Path(params.basic.logs_dir) / f"trainer_{params.task}.jsonl")
         (told,) = [event for event in log if event["event"] == "eval"]
         assert told["step"] == 3

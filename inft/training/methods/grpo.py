@@ -24,7 +24,8 @@ from inft.training.head import add_compact_head, scores_compactly
 from inft.training.methods.method import Method, Setup, check_reference
 from inft.training.plan import Steps, steps_of
 from inft.training.preference import forget_reference_copy
-from inft.training.rewarded import HeldoutRewards, RewardedTrainer, trainer_rewards, with_an_answer
+from inft.training.rewarded import HeldoutRewards, RewardedTrainer, prompt_alone, trainer_rewards
+from inft.training.rows import prompt_collator
 from params import TrainParams, UserError
 
 ROWS = "rows"  # key of a generated batch: the number of each row; TRL shuffles and splits it with the rest
@@ -143,7 +144,7 @@ def trainer(setup: Setup) -> GRPORunTrainer:
         reward_weights=list(rl.reward_weights) or None,
         disable_dropout=False,  # lora.dropout says how much
     )
-    rows = setup.rows(setup.inputs.collator)
+    rows = setup.rows(prompt_collator(setup.inputs.collator, setup.params))
     rewards = load_rewards(rl.rewards)
     return GRPORunTrainer(
         args=on_one_device(args),
@@ -161,7 +162,7 @@ def heldout_rewards(setup: Setup) -> HeldoutRewards | None:
         return None
     return HeldoutRewards(
         heldout,
-        setup.inputs.collator,
+        prompt_collator(setup.inputs.collator, setup.params),
         load_rewards(rl.rewards),
         rl.reward_weights,
         max_new_tokens=rl.max_completion_length,
@@ -229,6 +230,6 @@ METHOD = Method(
     row_kind=row_kind,
     words=words,
     check=check,
-    sides=with_an_answer,
+    sides=prompt_alone,
     steps=steps,
 )

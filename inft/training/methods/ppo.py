@@ -11,18 +11,21 @@ from torch import Tensor
 from craft.collate import SAMPLE_IDS
 from craft.config import CRAFTPPOConfig
 from craft.ppo.experience import Batch
+from craft.ppo.setup import prompt_limit
 from craft.schedule import EpochPlan
 from craft.trainers import CRAFTPPOTrainer
+from inft.models.collate import where
 from inft.rewards.load import load_rewards
 from inft.training.arguments import on_one_device
 from inft.training.head import add_compact_head
 from inft.training.methods.grpo import heldout_rewards, reward_words, row_kind, sampling_words
 from inft.training.methods.method import Method, Setup
 from inft.training.plan import Steps, steps_of
+from inft.training.prepare import stand_in_tokens
 from inft.training.processes import is_main
-from inft.training.rewarded import RewardedTrainer, trainer_rewards, with_an_answer
-from inft.training.rows import RowCollator
-from params import TrainParams
+from inft.training.rewarded import RewardedTrainer, prompt_alone, trainer_rewards
+from inft.training.rows import RowCollator, prompt_collator
+from params import TrainParams, UserError
 
 
 class PPORunTrainer(RewardedTrainer, CRAFTPPOTrainer):
@@ -68,6 +71,7 @@ class PPORunTrainer(RewardedTrainer, CRAFTPPOTrainer):
 
 def trainer(setup: Setup) -> PPORunTrainer:
     """The trainer of a run."""
+    refuse_beyond_context(setup)
     rl = setup.params.rl
     args = CRAFTPPOConfig(
         **setup.arguments(),
@@ -85,7 +89,7 @@ def trainer(setup: Setup) -> PPORunTrainer:
         reward_weights=list(rl.reward_weights) or None,
         disable_dropout=False,  # lora.dropout says how much
     )
-    rows = setup.rows(setup.inputs.collator)
+    rows = setup.rows(prompt_collator(setup.inputs.collator, setup.params))
     return PPORunTrainer(
         args=on_one_device(args),
         rows=rows,
@@ -93,6 +97,31 @@ def trainer(setup: Setup) -> PPORunTrainer:
         heldout_rewards=heldout_rewards(setup),
         **setup.run(),
     )
+
+
+def refuse_beyond_context(setup: Setup) -> None:
+    """UserError for a prompt that leaves an answer no room in the model's context, when that ends before max_length.
+
+    The trainer itself meets it in the middle of an epoch.
+    """
+    collator, answer = setup.inputs.collator, setup.params.rl.max_completion_length
+    try:
+        limit = prompt_limit(setup.model, answer)
+    except ValueError as error:
+        raise UserError(f"rl.{error}") from error
+    if limit is None or setup.params.basic.max_length <= limit + answer:
+        return
+    samples, added = setup.inputs.loaded.train, stand_in_tokens(collator)
+    lengths = collator.lengths([side for sample in samples for side in prompt_alone(sample)])
+    long = [(sample, length - added) for sample, length in zip(samples, lengths, strict=True)]
+    long = [(sample, length) for sample, length in long if length > limit]
+    if long:
+        sample, length = long[0]
+        raise UserError(
+            f"{where(sample)}: the prompt has {length:,} tokens, and with rl.max_completion_length={answer:,} the "
+            f"model's context of {limit + answer:,} leaves it {limit:,}. Set basic.max_length={limit + answer} (news "
+            "texts are shortened to it), or lower rl.max_completion_length."
+        )
 
 
 def steps(params: TrainParams, rows: int, *, windows: EpochPlan | None = None, processes: int = 1) -> Steps:
@@ -114,7 +143,7 @@ def words(params: TrainParams) -> dict[str, str]:
 
 
 def check(params: TrainParams) -> None:
-    """UserError for rewards that there are not."""
+    """UserError for rewards that cannot be loaded."""
     load_rewards(params.rl.rewards)
 
 
@@ -124,6 +153,6 @@ METHOD = Method(
     row_kind=row_kind,
     words=words,
     check=check,
-    sides=with_an_answer,
+    sides=prompt_alone,
     steps=steps,
 )

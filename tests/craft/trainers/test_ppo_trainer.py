@@ -50,6 +50,21 @@ def test_the_reward_for_a_target_token_rises_from_chance_to_above_090(tmp_path, 
     assert trainer.evaluate()["eval_reward"] > 0.9
 
 
+def test_a_completion_that_no_function_rewards_is_refused_and_one_of_several_may_give_none(tmp_path, tokenizer):
+    def none(completions, **columns):
+        return [None] * len(completions)
+
+    def most(completions, **columns):
+        return [None, *[1.0] * (len(completions) - 1)]
+
+    trainer = make_ppo(tmp_path / "none", tokenizer, reward_funcs=[none, most])
+    with pytest.raises(ValueError, match=r"^row 0 \('.*\) has no reward: none, most returned None for it"):
+        trainer.train()
+    trainer = make_ppo(tmp_path / "beside", tokenizer, reward_funcs=[none, letters], max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_a_log_has_every_figure_and_no_nan(tmp_path, tokenizer):
     trainer = make_ppo(tmp_path, tokenizer, reward_funcs=[letters, share_of_target], logging_steps=2)
     trainer.train()
