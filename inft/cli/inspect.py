@@ -87,9 +87,9 @@ def adapter_facts(adapter: "AdapterFacts") -> Iterator[Fact]:
     """Where an adapter comes from and what it is."""
     yield "family", adapter.family or "not said: there is no best.json"
     yield "base model", _base(adapter.base_model, adapter.family)
+    if adapter.method is not None:
+        yield "method", adapter.method
     if adapter.mode is not None:
-        if adapter.method is not None:
-            yield "method", adapter.method
         yield "mode", f"{adapter.mode}{', on 4-bit weights' if adapter.quantised else ''}"
     if adapter.step is not None:
         value = "" if adapter.value is None else f", {adapter.metric} {adapter.value:.4f}"
