@@ -122,3 +122,40 @@ def make_params(tmp_path: Path, tiny_text_dir: Path, captions_dir: Path) -> Call
         return run_params(root or tmp_path, tiny_text_dir, captions_dir, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four preferences in two languages, and seven held out, whose answers differ in length."""
+    path = tmp_path_factory.mktemp("preferences")
+    for split, count in (("train", 24), ("validation", 7)):
+        rows = [
+            {
+                "title": f"{split} {i}",
+                "content": "abc" * (i % 3 + 1),
+                "chosen": "xy" * (i % 4 + 1),
+                "rejected": "z" * (i % 5 + 2),
+                "language": ("en", "si")[i % 2],
+            }
+            for i in range(count)
+        ]
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def of(make_params: Callable[..., TrainParams], preferences: Path) -> Callable[..., TrainParams]:
+    """of(method, root=None, **changes): the parameters of a short run."""
+
+    def make(method: str, root: Path | None = None, **changes: Any) -> TrainParams:
+        own: dict[str, Any] = {"method": method, "lora__dropout": 0.0}
+        if method in ("dpo", "orpo"):
+            own["data__data"] = str(preferences)
+        else:
+            own |= {"sft__best_metric": "reward", "rl__max_completion_length": 6, "rl__num_generations": 4}
+            own["rl__rewards"] = ("length",)
+        if method == "ppo":
+            own |= {"rl__num_iterations": 2, "rl__kl_coef": 0.05}
+        return make_params(root, **{**own, **changes})
+
+    return make
