@@ -542,7 +542,7 @@ def test_a_subclass_of_dataloader_is_divided_and_another_iterable_is_refused(mak
     batches = list(loader)
     assert isinstance(trainer._craft_loaders._placed(loader), DataLoaderShard)
     assert trainer._craft_loaders._placed(batches) is batches
-    monkeypatch.setattr("craft.trainers.loaders.world_size", lambda: 2)
+    monkeypatch.setattr("craft.trainers.placing.world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"type list cannot be divided among the 2 processes.*Pass a torch DataLoader"):
         trainer._craft_loaders._placed(batches)
 
