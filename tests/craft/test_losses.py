@@ -230,7 +230,7 @@ def test_the_head_has_the_layers_and_names_of_before() -> None:
         "net.3.bias",
     ]
     assert [tuple(p.shape) for p in ProjectionHead(8, output_dim=4).parameters()] == [(8, 8), (8,), (4, 8), (4,)]
-    head = ProjectionHead(8, 6, 4, dropout=0.5)
+    head = ProjectionHead(8, 64, 4, dropout=0.5)  # of six units, the same ones fall away once in 64 times
     x = torch.ones(1, 8)
     assert not torch.equal(head(x), head(x))
     head.eval()
