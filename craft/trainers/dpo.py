@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from trl import DPOTrainer
 
+from craft.collate import SAMPLE_IDS
 from craft.preferences import check_preferences, check_reference, given_datasets
-from craft.trainers.joint import Answers, CRAFTJointMixin, preferred_answers
+from craft.trainers.joint import Answers, CRAFTJointMixin, answers_of
 
 
 class CRAFTDPOTrainer(CRAFTJointMixin, DPOTrainer):
@@ -24,4 +26,11 @@ class CRAFTDPOTrainer(CRAFTJointMixin, DPOTrainer):
         check_reference(self.model, ref_model)  # of a model that was a path
 
     def _craft_answers(self, inputs: Mapping[str, Any]) -> Answers:
-        return preferred_answers(inputs)
+        count = len(inputs["input_ids"]) // 2  # the chosen ones are the first half of the rows
+        names = ("input_ids", "attention_mask", "completion_mask")
+        return answers_of(
+            inputs,
+            **{f"{name}_BT": inputs[name][:count] for name in names},
+            rows=torch.arange(count, device=inputs["input_ids"].device),
+            sample_ids_B=inputs.get(SAMPLE_IDS),
+        )

@@ -1,7 +1,6 @@
 """What GRPO and RLOO share: answers that are generated during training, and rewards that are checked."""
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,9 +55,9 @@ class CRAFTGeneratedMixin(CRAFTJointMixin):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         wanted = self.craft_enabled and self.craft_bundle.strategy == "self_align"
-        ids = [sample_id(row) for row in inputs] if wanted else []
+        ids = self._craft_sample_ids(inputs) if wanted else []
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if wanted and SAMPLE_IDS not in batch:
+        if wanted:
             batch[SAMPLE_IDS] = torch.tensor(ids, device=batch["completion_ids"].device)
         return batch
 
@@ -71,15 +70,6 @@ class CRAFTGeneratedMixin(CRAFTJointMixin):
             sample_ids_B=inputs.get(SAMPLE_IDS),
             prompts_tell=not has_images(inputs),
         )
-
-
-def sample_id(row: Mapping[str, Any]) -> int:
-    """A number of 63 bits for what a row asks: its prompt and its images."""
-    digest = hashlib.blake2b(repr(row.get("prompt")).encode(), digest_size=8)
-    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
-    for image in images:
-        digest.update(image.tobytes() if hasattr(image, "tobytes") else repr(image).encode())
-    return int.from_bytes(digest.digest(), "big") >> 1 or 1
 
 
 def _checked(func: Any) -> Any:

@@ -4,17 +4,18 @@ Over the micro-batches s of one optimizer step and all ranks: L = alpha · mean_
 l_s the trainer's own loss of a micro-batch and N the anchors of all of them.
 """
 
+import hashlib
 import logging
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from craft.collate import SAMPLE_IDS
 from craft.distributed import sum_over_ranks
+from craft.ppo.prompts import images_of
 from craft.trainers.answers import Answers
 from craft.trainers.mixin import CRAFTTrainerMixin
 from craft.trainers.pairstream import JointLoaders, PairStream
@@ -22,7 +23,7 @@ from craft.trainers.window import CONTRASTIVE, Window
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Answers", "CRAFTJointMixin", "preferred_answers"]
+__all__ = ["Answers", "CRAFTJointMixin", "answers_of", "has_images", "sample_id"]
 
 
 class CRAFTJointMixin(CRAFTTrainerMixin):
@@ -93,6 +94,10 @@ class CRAFTJointMixin(CRAFTTrainerMixin):
             logger.warning("CRAFT step: %s, weights %s", self._craft_balance.window, self._craft_balance.weights)
         return None
 
+    def _craft_sample_ids(self, rows: Sequence[Mapping[str, Any]], *, with_images: bool = False) -> list[int]:
+        """A number for what each row of prompts asks; 0, unknown, where its images are the caller's and not in it."""
+        return [0 if with_images and not images_of(row) else sample_id(row) for row in rows]
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -107,20 +112,24 @@ class CRAFTJointMixin(CRAFTTrainerMixin):
         return (loss, outputs) if return_outputs else loss
 
 
-def preferred_answers(inputs: Mapping[str, Any]) -> Answers:
-    """The chosen answers of a batch of preferences, whose first half of rows they are.
-
-    ``completion_mask`` [2B, T] is 1 on the tokens of the answers.
-    """
-    count = len(inputs["input_ids"]) // 2
-    ids_BT, real_BT, marked_BT = (inputs[name][:count] for name in ("input_ids", "attention_mask", "completion_mask"))
-    answer_BT = marked_BT.bool() & real_BT.bool()
+def answers_of(
+    inputs: Mapping[str, Any],
+    *,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    completion_mask_BT: Tensor,
+    rows: Tensor,
+    sample_ids_B: Tensor | None,
+) -> Answers:
+    """The answers that ``completion_mask_BT`` marks in some ``rows`` of a batch; their prompts are what is before."""
+    real_BT = attention_mask_BT.bool()
+    answer_BT = completion_mask_BT.bool() & real_BT
     return Answers(
-        input_ids_BT=ids_BT,
-        prompt_BT=real_BT.bool() & (answer_BT.cumsum(1) == 0),
+        input_ids_BT=input_ids_BT,
+        prompt_BT=real_BT & (answer_BT.cumsum(1) == 0),
         answer_BT=answer_BT,
-        rows=torch.arange(count, device=ids_BT.device),
-        sample_ids_B=inputs.get(SAMPLE_IDS),
+        rows=rows,
+        sample_ids_B=sample_ids_B,
         prompts_tell=not has_images(inputs),
     )
 
@@ -128,3 +137,11 @@ def preferred_answers(inputs: Mapping[str, Any]) -> Answers:
 def has_images(inputs: Mapping[str, Any]) -> bool:
     """Whether a batch carries pixels, so that equal prompts may ask of different images."""
     return any(isinstance(value, Tensor) and name.startswith("pixel_values") for name, value in inputs.items())
+
+
+def sample_id(row: Mapping[str, Any]) -> int:
+    """A number of 63 bits for what a row asks: its prompt and its images."""
+    digest = hashlib.blake2b(repr(row.get("prompt")).encode(), digest_size=8)
+    for image in images_of(row):
+        digest.update(image.tobytes() if hasattr(image, "tobytes") else repr(image).encode())
+    return int.from_bytes(digest.digest(), "big") >> 1 or 1

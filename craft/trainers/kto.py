@@ -7,7 +7,7 @@ from trl import KTOTrainer
 
 from craft.collate import SAMPLE_IDS
 from craft.preferences import check_labelled, check_reference, given_datasets
-from craft.trainers.joint import Answers, CRAFTJointMixin, has_images
+from craft.trainers.joint import Answers, CRAFTJointMixin, answers_of
 
 
 class CRAFTKTOTrainer(CRAFTJointMixin, KTOTrainer):
@@ -25,13 +25,10 @@ class CRAFTKTOTrainer(CRAFTJointMixin, KTOTrainer):
 
     def _craft_answers(self, inputs: Mapping[str, Any]) -> Answers:
         rows = inputs["label"].bool().nonzero()[:, 0]
-        real_BT, answer_BT = (inputs[name][rows].bool() for name in ("attention_mask", "completion_mask"))
-        ids_B = inputs.get(SAMPLE_IDS)
-        return Answers(
-            input_ids_BT=inputs["input_ids"][rows],
-            prompt_BT=real_BT & (answer_BT.cumsum(1) == 0),
-            answer_BT=answer_BT & real_BT,
+        names, ids_B = ("input_ids", "attention_mask", "completion_mask"), inputs.get(SAMPLE_IDS)
+        return answers_of(
+            inputs,
+            **{f"{name}_BT": inputs[name][rows] for name in names},
             rows=rows,
             sample_ids_B=None if ids_B is None else ids_B[rows],
-            prompts_tell=not has_images(inputs),
         )

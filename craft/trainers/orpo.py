@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from craft.collate import SAMPLE_IDS
 from craft.preferences import check_labels, check_preferences, given_datasets
-from craft.trainers.joint import Answers, CRAFTJointMixin, has_images
+from craft.trainers.joint import Answers, CRAFTJointMixin, answers_of, has_images
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that it is experimental: the constraints of this project name the version
@@ -58,14 +58,13 @@ class CRAFTORPOTrainer(CRAFTJointMixin, ORPOTrainer):
             pad(tensor, (0, width - ids_BT.shape[1]), value=value)
             for tensor, value in ((ids_BT, 0), (real_BT, 0), (labels_BT, -100))
         )
-        answer_BT = (labels_BT != -100) & real_BT.bool()
-        return Answers(
+        return answers_of(
+            inputs,
             input_ids_BT=ids_BT,
-            prompt_BT=real_BT.bool() & (answer_BT.cumsum(1) == 0),
-            answer_BT=answer_BT,
+            attention_mask_BT=real_BT,
+            completion_mask_BT=labels_BT != -100,
             rows=torch.arange(len(ids_BT), device=ids_BT.device),
             sample_ids_B=inputs.get(SAMPLE_IDS),
-            prompts_tell=not has_images(inputs),
         )
 
 

@@ -8,9 +8,7 @@ import torch
 
 from craft.collate import SAMPLE_IDS
 from craft.ppo.experience import Batch
-from craft.ppo.prompts import images_of
 from craft.ppo.trainer import PPOTrainer, Row
-from craft.trainers.generated import sample_id
 from craft.trainers.joint import Answers, CRAFTJointMixin, has_images
 
 __all__ = ["CRAFTPPOTrainer", "PPOTrainer"]
@@ -31,9 +29,7 @@ class CRAFTPPOTrainer(CRAFTJointMixin, PPOTrainer):
             remaining = iter(rows)
             for batch in batches:
                 part = islice(remaining, len(batch["input_ids"]))
-                # Images that only a collator of the caller's knows of tell equal prompts apart: unknown is 0.
-                hidden = has_images(batch)
-                ids = [0 if hidden and not images_of(row) else sample_id(dict(row)) for row in part]
+                ids = self._craft_sample_ids(list(part), with_images=has_images(batch))
                 batch[SAMPLE_IDS] = torch.tensor(ids, device=self.args.device)
         return batches
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
@@ -108,10 +107,10 @@ class RewardedTrainer(RunTrainer):
         """The rows of some numbers."""
         return [self.rows.rows[int(number)] for number in numbers]
 
-    def group_ids(self, numbers: Sequence[int]) -> Tensor:
-        """The id of each training row for CRAFT: rows of one picture have the same."""
+    def _craft_sample_ids(self, rows: Sequence[Mapping[str, Any]], *, with_images: bool = False) -> list[int]:
+        """The id of each training row: rows of one picture have the same."""
         assert self.rows.ids is not None
-        return torch.tensor([self.rows.ids[number] for number in numbers], dtype=torch.int64, device=self.args.device)
+        return [self.rows.ids[row["row"]] for row in rows]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; what is wrong with a user's reward function is told as it was found."""

@@ -1,6 +1,6 @@
 """Group relative policy optimisation (GRPO): of the answers to a prompt, those above their mean are made likelier."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,26 +9,30 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
-from craft.collate import SAMPLE_IDS
 from craft.config import CRAFTGRPOConfig
 from craft.ppo.rollout import ZERO_AFTER_PROMPT, with_completions
 from craft.schedule import EpochPlan
 from craft.trainers import CRAFTGRPOTrainer
 from craft.trainers.joint import Answers
-from inft.data.rows import RowKind
 from inft.evaluation.generate import evaluating
 from inft.models.collate import IGNORED
-from inft.rewards.load import load_rewards
 from inft.training.arguments import on_one_device
 from inft.training.head import add_compact_head, scores_compactly
 from inft.training.methods.method import Method, Setup, check_reference
+from inft.training.methods.rewards import (
+    check_rewards,
+    kl_words,
+    reward_words,
+    rewarded_arguments,
+    rewarded_run,
+    row_kind,
+    sampling_words,
+)
 from inft.training.plan import Steps, steps_of
 from inft.training.preference import forget_reference_copy
-from inft.training.rewarded import HeldoutRewards, RewardedTrainer, prompt_alone, trainer_rewards
-from inft.training.rows import prompt_collator
+from inft.training.rewarded import RewardedTrainer, prompt_alone
+from inft.training.rows import ROWS
 from params import TrainParams, UserError
-
-ROWS = "rows"  # key of a generated batch: the number of each row; TRL shuffles and splits it with the rest
 
 
 class GRPORunTrainer(RewardedTrainer, CRAFTGRPOTrainer):
@@ -47,12 +51,9 @@ class GRPORunTrainer(RewardedTrainer, CRAFTGRPOTrainer):
             add_compact_head(model.get_base_model(), temperature=self.temperature)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        numbers = [row["row"] for row in inputs]
-        self._now = torch.tensor(numbers)
+        self._now = torch.tensor([row["row"] for row in inputs])
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         batch[ROWS] = self._now.to(batch["completion_ids"].device)
-        if SAMPLE_IDS in batch:
-            batch[SAMPLE_IDS] = self.group_ids(numbers)
         return batch
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Tensor]]:
@@ -132,42 +133,14 @@ def trainer(setup: Setup) -> GRPORunTrainer:
     """The trainer of a run."""
     rl = setup.params.rl
     args = CRAFTGRPOConfig(
-        **setup.arguments(),
+        **rewarded_arguments(setup),
         num_generations=rl.num_generations,
         num_generations_eval=1,  # an evaluation is ours: one greedy answer to each prompt
-        max_completion_length=rl.max_completion_length,
-        temperature=rl.temperature,
-        top_p=rl.top_p,
         beta=rl.kl_coef,
         epsilon=rl.epsilon,
         num_iterations=rl.num_iterations,
-        reward_weights=list(rl.reward_weights) or None,
-        disable_dropout=False,  # lora.dropout says how much
     )
-    rows = setup.rows(prompt_collator(setup.inputs.collator, setup.params))
-    rewards = load_rewards(rl.rewards)
-    return GRPORunTrainer(
-        args=on_one_device(args),
-        rows=rows,
-        reward_funcs=trainer_rewards(rewards, rows),
-        heldout_rewards=heldout_rewards(setup),
-        **setup.run(),
-    )
-
-
-def heldout_rewards(setup: Setup) -> HeldoutRewards | None:
-    """What an evaluation measures; None without held-out rows."""
-    heldout, rl = setup.inputs.loaded.heldout, setup.params.rl
-    if not heldout:
-        return None
-    return HeldoutRewards(
-        heldout,
-        prompt_collator(setup.inputs.collator, setup.params),
-        load_rewards(rl.rewards),
-        rl.reward_weights,
-        max_new_tokens=rl.max_completion_length,
-        batch_size=setup.params.sft.per_device_eval_batch_size,
-    )
+    return GRPORunTrainer(args=on_one_device(args), **rewarded_run(setup))
 
 
 def steps(params: TrainParams, rows: int, *, windows: EpochPlan | None = None, processes: int = 1) -> Steps:
@@ -185,41 +158,20 @@ def steps(params: TrainParams, rows: int, *, windows: EpochPlan | None = None, p
     return replace(counted, unit="answers")
 
 
-def row_kind(params: TrainParams) -> RowKind:
-    """Rows with a caption where a reward compares answers with it; else a prompt is enough."""
-    return "references" if any(reward.needs_references for reward in load_rewards(params.rl.rewards)) else "prompts"
-
-
-def reward_words(params: TrainParams) -> str:
-    """The rewards and their weights: "chrf, 0.5 × length"."""
-    rl = params.rl
-    weights: Sequence[float] = rl.reward_weights or [1.0] * len(rl.rewards)
-    parts = zip(rl.rewards, weights, strict=True)
-    return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in parts)
-
-
-def sampling_words(params: TrainParams) -> str:
-    """How answers are sampled."""
-    rl = params.rl
-    nucleus = f", top_p {rl.top_p:g}" if rl.top_p < 1 else ""
-    return f"of {rl.max_completion_length:,} tokens at most, temperature {rl.temperature:g}{nucleus}"
-
-
 def words(params: TrainParams) -> dict[str, str]:
     """The method in the plan."""
     rl = params.rl
     passes = f", {rl.num_iterations} passes over each batch of answers" if rl.num_iterations > 1 else ""
-    kl = f"KL to the base model {rl.kl_coef:g}" if rl.kl_coef else "no KL term"
     return {
         "rewards": reward_words(params),
         "answers": f"{rl.num_generations} to each prompt, {sampling_words(params)}",
-        "loss": f"advantages within a prompt's answers, ratio clipped at {rl.epsilon:g}, {kl}{passes}",
+        "loss": f"advantages within a prompt's answers, ratio clipped at {rl.epsilon:g}, {kl_words(params)}{passes}",
     }
 
 
 def check(params: TrainParams) -> None:
     """UserError for rewards that there are not, and for a base that changes where the KL is taken to it."""
-    load_rewards(params.rl.rewards)
+    check_rewards(params)
     if params.rl.kl_coef:
         check_reference(params)
 

@@ -8,23 +8,29 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from craft.collate import SAMPLE_IDS
 from craft.config import CRAFTPPOConfig
 from craft.ppo.experience import Batch
 from craft.ppo.setup import prompt_limit
 from craft.schedule import EpochPlan
 from craft.trainers import CRAFTPPOTrainer
 from inft.models.collate import where
-from inft.rewards.load import load_rewards
 from inft.training.arguments import on_one_device
 from inft.training.head import add_compact_head
-from inft.training.methods.grpo import heldout_rewards, reward_words, row_kind, sampling_words
 from inft.training.methods.method import Method, Setup
+from inft.training.methods.rewards import (
+    check_rewards,
+    kl_words,
+    reward_words,
+    rewarded_arguments,
+    rewarded_run,
+    row_kind,
+    sampling_words,
+)
 from inft.training.plan import Steps, steps_of
 from inft.training.prepare import stand_in_tokens
 from inft.training.processes import is_main
-from inft.training.rewarded import RewardedTrainer, prompt_alone, trainer_rewards
-from inft.training.rows import RowCollator, prompt_collator
+from inft.training.rewarded import RewardedTrainer, prompt_alone
+from inft.training.rows import RowCollator
 from params import TrainParams, UserError
 
 
@@ -45,11 +51,6 @@ class PPORunTrainer(RewardedTrainer, CRAFTPPOTrainer):
         batches: list[Batch] = super()._roll_out(rows)
         tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum()
         self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
-        numbers = [row["row"] for row in rows]
-        if SAMPLE_IDS in batches[0]:
-            sizes = [len(batch["completion_mask"]) for batch in batches]
-            for batch, ids_B in zip(batches, self.group_ids(numbers).split(sizes), strict=True):
-                batch[SAMPLE_IDS] = ids_B
         return batches
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -74,10 +75,7 @@ def trainer(setup: Setup) -> PPORunTrainer:
     refuse_beyond_context(setup)
     rl = setup.params.rl
     args = CRAFTPPOConfig(
-        **setup.arguments(),
-        max_completion_length=rl.max_completion_length,
-        temperature=rl.temperature,
-        top_p=rl.top_p,
+        **rewarded_arguments(setup),
         kl_coef=rl.kl_coef,
         cliprange=rl.epsilon,
         num_ppo_epochs=rl.num_iterations,
@@ -86,17 +84,8 @@ def trainer(setup: Setup) -> PPORunTrainer:
         vf_coef=rl.vf_coef,
         cliprange_value=rl.cliprange_value,
         whiten_advantages=rl.whiten_advantages,
-        reward_weights=list(rl.reward_weights) or None,
-        disable_dropout=False,  # lora.dropout says how much
     )
-    rows = setup.rows(prompt_collator(setup.inputs.collator, setup.params))
-    return PPORunTrainer(
-        args=on_one_device(args),
-        rows=rows,
-        reward_funcs=trainer_rewards(load_rewards(rl.rewards), rows),
-        heldout_rewards=heldout_rewards(setup),
-        **setup.run(),
-    )
+    return PPORunTrainer(args=on_one_device(args), **rewarded_run(setup))
 
 
 def refuse_beyond_context(setup: Setup) -> None:
@@ -133,18 +122,12 @@ def steps(params: TrainParams, rows: int, *, windows: EpochPlan | None = None, p
 def words(params: TrainParams) -> dict[str, str]:
     """The method in the plan."""
     rl = params.rl
-    kl = f"KL to the base model {rl.kl_coef:g}" if rl.kl_coef else "no KL term"
     return {
-        "rewards": f"{reward_words(params)}; {kl}",
+        "rewards": f"{reward_words(params)}; {kl_words(params)}",
         "answers": f"one to each prompt, {sampling_words(params)}",
         "loss": f"{rl.num_iterations} passes over each batch of answers, ratio clipped at {rl.epsilon:g}, GAE lambda "
         f"{rl.gae_lambda:g}, gamma {rl.gamma:g}, value loss {rl.vf_coef:g}",
     }
-
-
-def check(params: TrainParams) -> None:
-    """UserError for rewards that cannot be loaded."""
-    load_rewards(params.rl.rewards)
 
 
 METHOD = Method(
@@ -152,7 +135,7 @@ METHOD = Method(
     trainer=trainer,
     row_kind=row_kind,
     words=words,
-    check=check,
+    check=check_rewards,
     sides=prompt_alone,
     steps=steps,
 )

@@ -135,7 +135,7 @@ def test_completions_of_one_prompt_are_no_negatives_of_each_other(method, tmp_pa
 def test_equal_prompts_about_different_images_are_told_apart():
     from PIL import Image
 
-    from craft.trainers.generated import sample_id
+    from craft.trainers.joint import sample_id
 
     red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
     ids = [sample_id({"prompt": "What is it?", "image": image}) for image in (red, blue, red.copy())]
