@@ -7,7 +7,8 @@ from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-from params.check import SECTIONS, field_types
+from params.check import TRAIN
+from params.schema import Schema
 
 _FIELD = re.compile(r"    (?P<name>\w+): .+? = .+?(?:  # (?P<help>.*))?")
 _KINDS = {bool: "true|false", int: "whole number", float: "number", str: "text"}
@@ -23,15 +24,15 @@ class FieldText(NamedTuple):
 
 
 @cache
-def describe(section: str) -> tuple[FieldText, ...]:
+def describe(section: str, schema: Schema = TRAIN) -> tuple[FieldText, ...]:
     """The fields of a section ("sft") in the order of its dataclass."""
-    cls = SECTIONS[section]
+    cls = schema.sections[section]
     defaults = cls()
     matches = [match for line in inspect.getsource(cls).splitlines() if (match := _FIELD.fullmatch(line))]
     return tuple(
         FieldText(
             name=f"{section}.{match['name']}",
-            type=_kind(field_types()[f"{section}.{match['name']}"]),
+            type=_kind(schema.field_types[f"{section}.{match['name']}"]),
             default=_words(getattr(defaults, match["name"])),
             help=match["help"] or "",
         )

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from params.basic import BasicParams
 from params.bounds import Count, CountOrZero
-from params.check import SECTIONS
+from params.check import SECTIONS, TRAIN
 from params.contradictions import language_problems
 from params.errors import UserError
-from params.layers import Layer, directories, merged, sections_of, set_layers, user_error
+from params.layers import Layer, directories, merged, set_layers, user_error
 from params.lora import QLoRAParams
 from params.methods import RL_METHODS
 from params.munichus import LANGUAGE_NAMES, MUNIChusLoadConfig
@@ -109,7 +109,7 @@ def resolve_eval(
         names = [model_name, model_name]
     if not names[0] and not demo:
         problems.append("the model name is empty: name a hub id or a local path with --model, or give --demo.")
-    sections = {name: section for name, section in sections_of(values).items() if name in READ_SECTIONS}
+    sections = {name: section for name, section in TRAIN.sections_of(values).items() if name in READ_SECTIONS}
     problems += language_problems(sections["data"])
     method = (trained or {}).get("method", "sft")
     if problems:
@@ -179,7 +179,7 @@ def _trained_data(trained: Mapping[str, Any] | None) -> MUNIChusLoadConfig | Non
     if trained is None:
         return None
     layer = {f"data.{name}": Given(value, "best.json") for name, value in (trained.get("data") or {}).items()}
-    found: MUNIChusLoadConfig = sections_of(merged([layer], []))["data"]
+    found: MUNIChusLoadConfig = TRAIN.sections_of(merged([layer], []))["data"]
     return found
 
 

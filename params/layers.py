@@ -4,9 +4,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from params.check import SECTIONS, checked, is_mapping
+from params.check import TRAIN
 from params.errors import UserError
 from params.munichus import LANGUAGE_NAMES
+from params.schema import Schema
 from params.yamlfile import Given
 
 Layer = dict[str, Given]
@@ -26,9 +27,9 @@ def set_layers(overrides: Sequence[str], problems: list[str], *, identity: Seque
             problems.append(
                 f"--set {key}: say it on the command line instead (inft train MODEL --training-mode --method --demo)."
             )
-        elif is_mapping(key):
+        elif TRAIN.is_mapping(key):
             mappings.append({key: Given(value, "--set", is_text=True)})
-        elif entry and is_mapping(whole):
+        elif entry and TRAIN.is_mapping(whole):
             mappings.append({whole: Given({entry: value}, "--set")})
         else:
             layer[key] = Given(value, "--set", is_text=True)
@@ -46,26 +47,18 @@ def directories(layer: Layer, problems: list[str]) -> Layer:
     return found
 
 
-def merged(layers: Sequence[Layer], problems: list[str]) -> dict[str, Any]:
+def merged(layers: Sequence[Layer], problems: list[str], schema: Schema = TRAIN) -> dict[str, Any]:
     """The checked values of the layers; later ones win, and mappings gain entries, from the default's onwards."""
     values: dict[str, Any] = {}
     for layer in layers:
-        for key, value in checked(layer, problems).items():
+        for key, value in schema.checked(layer, problems).items():
             if isinstance(value, Mapping):
                 section, _, name = key.partition(".")
-                value = {**values.get(key, getattr(SECTIONS[section](), name)), **value}
+                value = {**values.get(key, getattr(schema.sections[section](), name)), **value}
             values[key] = value
     if values.get("data.languages") == (ALL_LANGUAGES,):
         values["data.languages"] = tuple(values.get("data.language_names", LANGUAGE_NAMES))
     return values
-
-
-def sections_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One dataclass per section from dotted values; fields that are not given keep their defaults."""
-    return {
-        section: cls(**{key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")})
-        for section, cls in SECTIONS.items()
-    }
 
 
 def user_error(problems: Sequence[str]) -> UserError:

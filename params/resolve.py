@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from params.basic import BasicParams
-from params.check import checked
+from params.check import TRAIN
 from params.contradictions import contradictions
 from params.craft import CRAFT_PRESETS, CraftParams
-from params.layers import Layer, directories, merged, sections_of, set_layers, user_error
+from params.layers import Layer, directories, merged, set_layers, user_error
 from params.presets import METHODS, MODEL_FIELDS, MODEL_NAMES, OUTPUT_FIELDS, TRAINING_MODES, preset
 from params.sft import SFTParams
 from params.train import Method, ModelName, TrainingMode, TrainParams
@@ -111,25 +111,25 @@ def resolve_train(
 
 def dump_yaml(params: TrainParams) -> str:
     """The parameters as YAML text that load_params reads back to an equal TrainParams."""
-    return write_yaml(_plain(asdict(params)))
+    return write_yaml(asdict(params))
 
 
 def load_params(path: Path) -> TrainParams:
     """Read a params.yaml that dump_yaml wrote; fields it lacks keep their defaults; UserError when it is wrong."""
     given, problems = read_yaml(path)
-    values = checked(given, problems)
+    values = TRAIN.checked(given, problems)
     required = ("model", "output_dir", "best_model_dir", "model_name", "processor_name", "task")
     problems += [f"{path}: {name} is missing." for name in required if name not in given]
     if problems:
         raise user_error(problems)
-    return TrainParams(**sections_of(values), **{key: value for key, value in values.items() if "." not in key})
+    return TrainParams(**TRAIN.sections_of(values), **{key: value for key, value in values.items() if "." not in key})
 
 
 def _identity(told: Mapping[str, Any], file: Layer, problems: list[str]) -> Identity | None:
     """What is told on the command line or, where that is silent, in the file; None when it is wrong."""
     before = len(problems)
     found: dict[str, Any] = {"training_mode": "basic", "method": "sft", "demo": False}
-    stated = checked({key: file[key] for key in Identity._fields if key in file}, [])
+    stated = TRAIN.checked({key: file[key] for key in Identity._fields if key in file}, [])
     for key, value in told.items():
         found[key] = value if value is not None else stated.get(key, found.get(key))
         if value is not None and stated.get(key, value) != value:
@@ -230,19 +230,10 @@ def _last(layers: Sequence[Layer], key: str) -> Any:
 
 
 def _train_params(identity: Identity, values: Mapping[str, Any]) -> TrainParams:
-    sections = sections_of(values)
+    sections = TRAIN.sections_of(values)
     names = {
         own: getattr(sections[section], name)
         for own, key in identity.own_names().items()
         for section, _, name in [key.partition(".")]
     }
     return TrainParams(**identity._asdict(), **names, task=values.get("task", identity.task), **sections)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists and mappings as dicts, for YAML."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(entry) for entry in value]
-    return value

@@ -71,7 +71,8 @@ class StoredAdapter:
 
         Errors: UserError for a parameter that does not exist here: another version of inft trained the adapter.
         """
-        from params.layers import merged, sections_of, user_error
+        from params.check import TRAIN
+        from params.layers import merged, user_error
         from params.yamlfile import Given
 
         fields = ((self.record or {}).get("params") or {}).get(name) or {}
@@ -80,7 +81,7 @@ class StoredAdapter:
         values = merged([{f"{name}.{key}": Given(value, origin) for key, value in fields.items()}], problems)
         if problems:
             raise user_error(problems)
-        return sections_of(values)[name]
+        return TRAIN.sections_of(values)[name]
 
 
 def read_adapter(directory: Path) -> StoredAdapter:

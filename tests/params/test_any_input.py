@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from params import TrainParams, UserError
-from params.check import field_types
+from params.check import TRAIN
 from params.resolve import dump_yaml, load_params, resolve_train
 
-NAMES = st.one_of(st.sampled_from(sorted(field_types())), st.text(max_size=8))
+NAMES = st.one_of(st.sampled_from(sorted(TRAIN.field_types)), st.text(max_size=8))
 WORDS = st.one_of(
     st.text(max_size=12),
     st.sampled_from(

@@ -23,7 +23,7 @@ from params.presets import (
 )
 from params.resolve import resolve_train
 
-CONFIGS = sorted((Path(__file__).parents[2] / "params" / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "params" / "configs" / "vlm").rglob("*.yaml"))
 
 # One name per part of each family, as transformers names its modules, and the modes that adapt it.
 LAYERS = {

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from params import TrainParams
-from params.check import SECTIONS, field_types
+from params.check import SECTIONS, TRAIN
 from params.resolve import dump_yaml, load_params
 
 TEXT = st.text(max_size=20)
@@ -36,7 +36,7 @@ def values(hint):
 def section(name):
     return st.builds(
         SECTIONS[name],
-        **{f.name: values(field_types()[f"{name}.{f.name}"]) for f in dataclasses.fields(SECTIONS[name])},
+        **{f.name: values(TRAIN.field_types[f"{name}.{f.name}"]) for f in dataclasses.fields(SECTIONS[name])},
     )
 
 
@@ -44,7 +44,7 @@ def section(name):
 @given(
     st.builds(
         TrainParams,
-        **{name: values(hint) for name, hint in field_types().items() if "." not in name},
+        **{name: values(hint) for name, hint in TRAIN.field_types.items() if "." not in name},
         **{name: section(name) for name in SECTIONS},
     )
 )
