@@ -3,6 +3,7 @@
 Axes: B anchors of this process, M positives of all processes, K queued and N hard negatives, D embedding size.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +34,20 @@ def info_nce(
     excluded_BK: Tensor | None = None,
     negatives_ND: Tensor | None = None,
     excluded_BN: Tensor | None = None,
+    negative_weight: float = 1.0,
     all_anchors_MD: Tensor | None = None,
 ) -> InfoNCEOutput:
     """Return each anchor's InfoNCE loss: log Σ_j exp(a_i·p_j/τ) - a_i·p_i/τ (van den Oord et al. 2018, eq. 4).
 
     Anchor i's positive is column `offset` + i, which is never excluded; the sum runs over it, the other positives,
-    the queue (no gradient) and the hard negatives, less the excluded columns. With `all_anchors_MD` it is the mean of
-    this and of positive → anchors of all processes (Radford et al. 2021, CLIP), under the same `excluded_BM`; queue
-    and hard negatives enter the first only. Embeddings are unit vectors; everything is computed in float32 (float64
-    stays), autocast off.
-    Errors: ValueError when there is no column for an anchor.
+    the queue (no gradient) and the hard negatives, each of which counts `negative_weight` times (its logarithm is added
+    to their logits), less the excluded columns. With `all_anchors_MD` it is the mean of this and of positive → anchors
+    of all processes (Radford et al. 2021, CLIP), under the same `excluded_BM`; queue and hard negatives enter the first
+    only. Embeddings are unit vectors; everything is computed in float32 (float64 stays), autocast off.
+    Errors: ValueError when there is no column for an anchor, and for a weight that is not above 0.
     """
+    if not negative_weight > 0:
+        raise ValueError(f"negative_weight is {negative_weight}: give a number above 0, or no hard negatives.")
     rows, columns = len(anchors_BD), len(positives_MD)
     if not 0 <= offset <= columns - rows:
         raise ValueError(f"{rows} anchors from column {offset} on need as many positives: there are {columns}.")
@@ -58,7 +62,7 @@ def info_nce(
         own_B, negative_B, best_B = _in_batch(scaled_BD, positives_MD, offset, excluded_BM)
         if negatives_ND is not None and len(negatives_ND):
             logits_BN = _masked(scaled_BD @ negatives_ND.to(dtype).T, excluded_BN)
-            negative_B = torch.logaddexp(negative_B, logits_BN.logsumexp(1))
+            negative_B = torch.logaddexp(negative_B, logits_BN.logsumexp(1) + math.log(negative_weight))
             best_B = torch.maximum(best_B, logits_BN.detach().amax(1))
         if queue_KD is not None and len(queue_KD):
             sum_B, top_B = _QueueLogSumExp.apply(scaled_BD, queue_KD, excluded_BK)

@@ -51,6 +51,14 @@ ROOMS = {
         "inft.data",
         "inft.sample",
     },
+    "inft.encoders": {
+        "inft.encoders",
+        "inft.training",
+        "inft.evaluation.metrics",
+        "inft.models",
+        "inft.data",
+        "inft.sample",
+    },
     # What training itself needs at an evaluation: these import nothing of training.
     "inft.evaluation.generate": {"inft.models", "inft.sample"},
     "inft.evaluation.metrics": {"inft.evaluation.metrics"},

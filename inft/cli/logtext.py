@@ -41,7 +41,7 @@ def run_row(task: str, run: Run) -> tuple[str, ...]:
     params = run[0].get("params")
     model, data = "?", "?"
     if params is not None:
-        model, data = params.get("model_name") or "embedded", params.get("data", {}).get("data") or "munichus"
+        model, data = _encoder(params) if "dataset" in params else _captioner(params)
     logs = [event for event in run if event.get("event") == "log"]
     best = [event for event in run if event.get("event") == "best" and event.get("value") is not None]
     steps = [event["step"] for event in run if isinstance(event.get("step"), int)]
@@ -55,6 +55,18 @@ def run_row(task: str, run: Run) -> tuple[str, ...]:
         _best(best[-1]) if best else "",
         run_status(run),
     )
+
+
+def _captioner(params: Event) -> tuple[str, str]:
+    """Model and data of a run of inft train."""
+    return params.get("model_name") or "embedded", params.get("data", {}).get("data") or "munichus"
+
+
+def _encoder(params: Event) -> tuple[str, str]:
+    """Model and data of a run of a text encoder."""
+    model, data = params.get("model", {}), params["dataset"]
+    new = f"new, {model.get('num_hidden_layers')} x {model.get('hidden_size')}"
+    return model.get("name") or new, data.get("path") or data.get("name") or ", ".join(data.get("sources") or ["?"])
 
 
 def _clock(event: Event, pattern: str) -> str:

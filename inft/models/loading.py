@@ -111,7 +111,7 @@ def find_source(spec: ModelSpec, name: str) -> Source:
         from inft.models.smollm2 import smollm2_directory
 
         return Source(name=str(smollm2_directory()), local_files_only=True)
-    return local_source(name) or _hub_source(name)
+    return local_source(name) or hub_source(name)
 
 
 def local_source(name: str) -> Source | None:
@@ -126,8 +126,10 @@ def local_source(name: str) -> Source | None:
     return None
 
 
-def _hub_source(name: str) -> Source:
-    """A hub id that answers, or that lies whole in the cache when the hub does not."""
+def hub_source(
+    name: str, *, elsewhere: str = "give a local directory (inft: --model PATH, or --demo for the embedded model)"
+) -> Source:
+    """A hub id that answers, or that lies whole in the cache when the hub does not; `elsewhere` is the other way."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -137,7 +139,6 @@ def _hub_source(name: str) -> Source:
         RepositoryNotFoundError,
     )
 
-    elsewhere = "give a local directory (inft: --model PATH, or --demo for the embedded model)"
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=CONNECT_SECONDS)
     except HFValidationError as error:

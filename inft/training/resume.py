@@ -88,14 +88,14 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+def checkpoints(output_dir: Path, pattern: re.Pattern[str] = CHECKPOINT) -> list[tuple[int, Path]]:
     """(step, directory) of every checkpoint in ``output_dir``, whole or not, the one written last first.
 
     After going back to an earlier checkpoint by its path, the last one written need not have the highest step.
     """
     if not output_dir.is_dir():
         return []
-    found = [(CHECKPOINT.fullmatch(path.name), path) for path in output_dir.iterdir() if path.is_dir()]
+    found = [(pattern.fullmatch(path.name), path) for path in output_dir.iterdir() if path.is_dir()]
     numbered = [(int(match[1]), path) for match, path in found if match]
     return sorted(numbered, key=lambda entry: (_written(entry[1]), entry[0]), reverse=True)
 
@@ -108,7 +108,9 @@ def _written(checkpoint: Path) -> float:
         return checkpoint.stat().st_mtime
 
 
-def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
+def find_checkpoint(
+    output_dir: Path, resume: str, pattern: re.Pattern[str] = CHECKPOINT
+) -> tuple[Path | None, list[str]]:
     """The checkpoint that ``resume`` ("latest" or a path) means, and warnings about damaged ones passed over.
 
     None: no checkpoint was finished before the run was killed, so it starts from the beginning. A path that is not a
@@ -117,13 +119,13 @@ def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[st
     if resume != "latest":
         path = Path(resume)
         if not path.is_dir():
-            raise UserError(f"--resume {resume}: there is no such directory. {_choices(output_dir)}")
+            raise UserError(f"--resume {resume}: there is no such directory. {_choices(output_dir, pattern)}")
         reason = damage(path)
         if reason:
-            raise UserError(f"--resume {resume}: {reason}. {_choices(output_dir)}")
+            raise UserError(f"--resume {resume}: {reason}. {_choices(output_dir, pattern)}")
         return path, []
     warnings: list[str] = []
-    for _, path in checkpoints(output_dir):
+    for _, path in checkpoints(output_dir, pattern):
         reason = damage(path)
         if reason is None:
             return path, warnings
@@ -131,8 +133,8 @@ def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[st
     return None, warnings
 
 
-def _choices(output_dir: Path) -> str:
-    whole = [str(path) for _, path in checkpoints(output_dir) if damage(path) is None]
+def _choices(output_dir: Path, pattern: re.Pattern[str]) -> str:
+    whole = [str(path) for _, path in checkpoints(output_dir, pattern) if damage(path) is None]
     return f"Whole checkpoints: {', '.join(whole)}." if whole else f"{output_dir} holds no whole checkpoint."
 
 

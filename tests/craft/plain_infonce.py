@@ -15,6 +15,7 @@ def info_nce_by_loops(
     excluded_queue: Tensor | None = None,
     negatives: Tensor | None = None,
     excluded_negatives: Tensor | None = None,
+    negative_weight: float = 1.0,
     all_anchors: Tensor | None = None,
 ) -> Tensor:
     """The loss of each anchor; the positive of anchor i is column offset + i."""
@@ -22,14 +23,14 @@ def info_nce_by_loops(
     for i in range(len(anchors)):
         own = offset + i
         exponentials = [torch.exp(anchors[i] @ positives[own] / temperature)]
-        for columns, mask, skipped in (
-            (positives, excluded, own),
-            (queue, excluded_queue, None),
-            (negatives, excluded_negatives, None),
+        for columns, mask, skipped, weight in (
+            (positives, excluded, own, 1.0),
+            (queue, excluded_queue, None, 1.0),
+            (negatives, excluded_negatives, None, negative_weight),
         ):
             for j in range(0 if columns is None else len(columns)):
                 if j != skipped and (mask is None or not mask[i, j]):
-                    exponentials.append(torch.exp(anchors[i] @ columns[j] / temperature))
+                    exponentials.append(weight * torch.exp(anchors[i] @ columns[j] / temperature))
         loss = torch.log(torch.stack(exponentials).sum()) - anchors[i] @ positives[own] / temperature
         if all_anchors is not None:
             exponentials = [

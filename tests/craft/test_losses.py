@@ -29,6 +29,7 @@ def units(rows: int, generator: torch.Generator, size: int = 5) -> Tensor:
     after=st.integers(0, 2),
     queued=st.integers(0, 9),
     hard=st.integers(0, 3),
+    weight=st.sampled_from([1.0, 0.2, 7.0]),
     share_excluded=st.sampled_from([None, 0.0, 0.4, 1.0]),
     symmetric=st.booleans(),
     temperature=st.sampled_from([0.005, 0.05, 1.0]),
@@ -41,6 +42,7 @@ def test_info_nce_equals_the_loops_in_value_and_every_gradient(
     after: int,
     queued: int,
     hard: int,
+    weight: float,
     share_excluded: float | None,
     symmetric: bool,
     temperature: float,
@@ -66,12 +68,14 @@ def test_info_nce_equals_the_loops_in_value_and_every_gradient(
         if fast:
             losses = info_nce(
                 anchors, leaves[1], temperature=tau, offset=before, excluded_BM=masks[0], queue_KD=queue,
-                excluded_BK=masks[1], negatives_ND=leaves[2], excluded_BN=masks[2], all_anchors_MD=back,
+                excluded_BK=masks[1], negatives_ND=leaves[2], excluded_BN=masks[2], negative_weight=weight,
+                all_anchors_MD=back,
             ).losses_B  # fmt: skip
         else:
             losses = info_nce_by_loops(
                 anchors, leaves[1], temperature=tau, offset=before, excluded=masks[0], queue=queue,
-                excluded_queue=masks[1], negatives=leaves[2], excluded_negatives=masks[2], all_anchors=back,
+                excluded_queue=masks[1], negatives=leaves[2], excluded_negatives=masks[2], negative_weight=weight,
+                all_anchors=back,
             )  # fmt: skip
         weights = torch.arange(1, rows + 1, dtype=torch.float64)
         inputs = [*leaves, log_temperature]
@@ -99,6 +103,15 @@ def test_golden_four_identical_pairs_and_twelve_identical_queue_entries() -> Non
     assert plain.losses_B.tolist() == pytest.approx([math.log(4)] * 4, abs=1e-14)
     assert queued.losses_B.tolist() == pytest.approx([math.log(16)] * 4, abs=1e-14)
     assert not plain.correct_B.any()  # a tie is not a hit
+
+
+def test_golden_one_hard_negative_that_counts_twice() -> None:
+    eye = torch.eye(2, dtype=torch.float64)
+    alone = info_nce(eye[:1], eye[:1], temperature=0.5, negatives_ND=eye[1:], negative_weight=2.0)
+    assert alone.losses_B.tolist() == pytest.approx([math.log1p(2 * math.exp(-2))], abs=1e-15)
+    assert alone.correct_B.all()  # the weight is the loss's, not the similarity's
+    with pytest.raises(ValueError, match="negative_weight is 0"):
+        info_nce(eye, eye, temperature=0.5, negatives_ND=eye, negative_weight=0)
 
 
 def test_golden_symmetric() -> None:

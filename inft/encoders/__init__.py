@@ -1,0 +1,1 @@
+"""Text encoders: masked pretraining, contrastive fine-tuning, embeddings and their evaluation."""

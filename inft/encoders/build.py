@@ -1,0 +1,98 @@
+"""An encoder's tokenizer and model from the parameters: new from the seed, or from stored weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from inft.models.neobert import NeoBERTConfig, NeoBERTForMaskedLM
+from inft.models.neobert_attention import check_backend
+from inft.models.neobert_import import load_published
+from params.encoder import EncoderParams
+from params.errors import UserError
+
+ARCHITECTURE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+    "rope",
+    "rms_norm",
+    "norm_eps",
+    "hidden_act",
+    "dropout_prob",
+    "tie_word_embeddings",
+    "attn_backend",
+)
+
+
+def load_tokenizer(params: EncoderParams) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of tokenizer.name, or of a stored model's directory; UserError when there is none."""
+    name = params.tokenizer.name
+    inner = Path(name) / "tokenizer"
+    try:
+        return AutoTokenizer.from_pretrained(inner if inner.is_dir() else name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"tokenizer.name {name}: no tokenizer could be loaded ({reason}) Give a directory with a tokenizer.json, "
+            "or a hub id that can be reached."
+        ) from error
+
+
+def build_model(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> NeoBERTForMaskedLM:
+    """Return the model with its masked-LM head, in float32.
+
+    Errors: UserError where the vocabulary, the context or the stored weights do not fit.
+    """
+    cuda, half = torch.cuda.is_available(), params.trainer.mixed_precision == "bf16"
+    check_backend(params.model.attn_backend, "cuda" if cuda else "cpu", torch.bfloat16 if half else torch.float32)
+    stored = params.model.name
+    model = _new_model(params, tokenizer) if stored is None else _stored_model(params, stored)
+    tokens, rows = len(tokenizer), model.config.vocab_size
+    if tokens > rows:
+        raise UserError(
+            f"the tokenizer {params.tokenizer.name} has {tokens} tokens and the model {rows}: raise "
+            f"model.vocab_size to {-(-tokens // 64) * 64}, or take the model's own tokenizer."
+        )
+    if params.trainer.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def as_loaded(params: EncoderParams, model: NeoBERTForMaskedLM) -> EncoderParams:
+    """The parameters with the architecture that the model has, which is its own where it was stored."""
+    return replace(params, model=replace(params.model, **{name: getattr(model.config, name) for name in ARCHITECTURE}))
+
+
+def compile_blocks(model: NeoBERTForMaskedLM, params: EncoderParams) -> None:
+    """Compile each block in place, as trainer.torch_compile says: one graph serves all, and names stay."""
+    trainer = params.trainer
+    if not trainer.torch_compile:
+        return
+    for block in model.model.transformer_encoder:
+        block.compile(backend=trainer.torch_compile_backend, dynamic=bool(trainer.torch_compile_dynamic))
+
+
+def _new_model(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> NeoBERTForMaskedLM:
+    fields = {name: getattr(params.model, name) for name in ARCHITECTURE}
+    return NeoBERTForMaskedLM(NeoBERTConfig(**fields, pad_token_id=tokenizer.pad_token_id))
+
+
+def _stored_model(params: EncoderParams, stored: str) -> NeoBERTForMaskedLM:
+    model = load_published(stored)
+    config, wanted = model.config, params.dataset.max_seq_length
+    config.attn_backend = params.model.attn_backend
+    for block in model.model.transformer_encoder:
+        block.attn_backend = params.model.attn_backend
+    if wanted > config.max_position_embeddings:
+        if not config.rope:
+            raise UserError(
+                f"{stored} has learned positions up to {config.max_position_embeddings}: lower dataset.max_seq_length "
+                f"from {wanted}."
+            )
+        config.max_position_embeddings = wanted  # rotary angles have no weights
+    return model.float()

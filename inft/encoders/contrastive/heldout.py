@@ -1,0 +1,108 @@
+"""The figures of held-out rows during training: the loss, and how well queries find their positives.
+
+Axes: Q queries, N documents, D embedding size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craft.distributed import gather_rows, sum_over_ranks
+from inft.encoders.contrastive.batches import ContrastiveBatch, Texts, evaluation_batches
+from inft.encoders.contrastive.encode import TextEncoder
+from inft.encoders.contrastive.objective import contrastive_loss
+from inft.encoders.contrastive.ranking import DEPTH, ranking_figures, top_documents
+from inft.encoders.contrastive.sources import PairRows
+from params.encoder import EncoderParams
+
+
+class HeldOut:
+    """Fixed batches of held-out rows, and the queries and documents in them, each text once.
+
+    The corpus is every positive and hard negative of these rows, all of them and not the drawn ones alone; rows that
+    share a query share their positives.
+    """
+
+    def __init__(
+        self, sources: Sequence[PairRows], params: EncoderParams, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.batch_size = params.trainer.per_device_eval_batch_size
+        self.rank, self.world_size = rank, world_size
+        # Each process has batches of its own: what one contrasts must not depend on how many there are.
+        self.objective = replace(params.contrastive, gather_negatives=False, gradcache_chunk_size=None)
+        self.batches = list(islice(evaluation_batches(sources, params), params.trainer.eval_max_batches))
+        self.queries: Texts = []
+        self.documents: Texts = []
+        self.relevant: list[dict[int, float]] = []  # of each query: place of the document -> grade
+        self._collect(sources, sum(len(batch) for batch in self.batches))
+
+    def figures(self, encoder: TextEncoder) -> dict[str, Any]:
+        """Return loss, in-batch accuracy (positive above all negatives), tokens, loss by source, recall, nDCG and MRR.
+
+        Every process calls it and gets the same. The encoder's model is plain, in eval mode.
+        """
+        names = sorted({batch.source for batch in self.batches})
+        device = next(encoder.model.parameters()).device
+        sums_S4 = torch.zeros(len(names), 4, dtype=torch.float64, device=device)  # loss, correct, rows, tokens
+        for batch in self.batches[self.rank :: self.world_size]:
+            sums_S4[names.index(batch.source)] += _sums(encoder, batch, self.objective)
+        sums_S4 = sum_over_ranks(sums_S4)
+        loss, correct, rows, tokens = sums_S4.sum(0).tolist()
+        return {
+            "loss": loss / rows,
+            "in_batch_accuracy": correct / rows,
+            "tokens": int(tokens),
+            "languages": {},
+            "sources": {name: float(s[0] / s[2]) for name, s in zip(names, sums_S4, strict=True)},
+            **self._retrieval(encoder),
+        }
+
+    def _retrieval(self, encoder: TextEncoder) -> dict[str, float]:
+        queries_QD, documents_ND = (self._embed(encoder, texts) for texts in (self.queries, self.documents))
+        _, places_QK = top_documents(queries_QD, documents_ND.split(2**16), DEPTH)
+        return ranking_figures(places_QK.tolist(), self.relevant)
+
+    def _embed(self, encoder: TextEncoder, texts: Texts) -> Tensor:
+        """The vectors of texts, shared out over the processes in pieces of similar length, in the texts' order."""
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        mine = order[self.rank :: self.world_size]
+        parts = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+        size = encoder.model.config.hidden_size
+        own_BD = torch.cat(
+            [torch.empty(0, size, device=next(encoder.model.parameters()).device)]
+            + [encoder([texts[place] for place in part]).float() for part in parts]
+        )
+        all_ND = gather_rows(own_BD)[0]
+        gathered = [place for rank in range(self.world_size) for place in order[rank :: self.world_size]]
+        return all_ND[torch.tensor(gathered).argsort().to(all_ND.device)]
+
+    def _collect(self, sources: Sequence[PairRows], rows: int) -> None:
+        queries: dict[int, int] = {}
+        documents: dict[int, int] = {}
+        everything = ((source, number) for source in sources for number in range(source.rows))
+        for source, number in islice(everything, rows):
+            row = source.pairs.row(source.first + number)
+            query = _place(row.query_key, row.query, queries, self.queries)
+            if query == len(self.relevant):
+                self.relevant.append({})
+            for key, text in zip(row.positive_keys, row.positives, strict=True):
+                self.relevant[query][_place(key, text, documents, self.documents)] = 1.0
+            for key, text in zip(row.negative_keys, row.negatives, strict=True):
+                _place(key, text, documents, self.documents)
+
+
+def _place(key: int, text: Any, places: dict[int, int], texts: Texts) -> int:
+    if key not in places:
+        places[key] = len(texts)
+        texts.append(text)
+    return places[key]
+
+
+def _sums(encoder: TextEncoder, batch: ContrastiveBatch, objective: Any) -> Tensor:
+    found = contrastive_loss(encoder, batch, objective)
+    values = [found.losses_B.double().sum(), found.correct_B.sum()]
+    return torch.stack([*values, values[1].new_tensor(len(batch)), values[1].new_tensor(batch.tokens)])

@@ -1,0 +1,1 @@
+"""Documents of pretraining: found, read, tokenised, masked, packed, and gone on with exactly after a stop."""
