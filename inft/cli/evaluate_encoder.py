@@ -98,8 +98,8 @@ def glue(
     own_columns = None if columns is None else _columns(columns)
     numbers = _whole_numbers("--seeds", seeds)
     require_extras("accelerate", *(() if data else ("datasets",)))
-    from inft.encoders.glue import GlueParams, glue_table, run_glue, save_results
-    from inft.encoders.glue_data import local_task, named_task, own_task, read_task
+    from inft.encoders.evaluation.glue import GlueParams, glue_table, run_glue, save_results
+    from inft.encoders.evaluation.glue_data import local_task, named_task, own_task, read_task
     from inft.training.quiet import quiet_libraries
 
     params = GlueParams(
@@ -146,8 +146,8 @@ def pseudo_perplexity(
     Every token is masked alone and predicted from all the others (Salazar et al. 2020), exactly: a text of n tokens
     takes n passes. For NeoBERT, whose copies go through unpadded.
     """
-    from inft.encoders.pseudo_perplexity import corpus_scores, evaluate_texts, perplexity_table, save_scores
-    from inft.encoders.tables import read_texts
+    from inft.encoders.evaluation.pseudo_perplexity import corpus_scores, evaluate_texts, perplexity_table, save_scores
+    from inft.encoders.evaluation.tables import read_texts
 
     rows = read_texts(texts, text_column, language_column)[:limit]
     documents = evaluate_texts(model, rows, max_length=max_length, word_l2r=word_l2r, token_budget=token_budget)
@@ -177,7 +177,7 @@ def retrieval(
     Recall@k, nDCG@k and MRR. All documents are compared with every query; pooling and prefixes are as stored with the
     encoder.
     """
-    from inft.encoders.contrastive.retrieval import evaluate_retrieval
+    from inft.encoders.evaluation.retrieval import evaluate_retrieval
 
     embedder = _embedder(model, pooling, batch_tokens, max_length)
     figures = {str(place): evaluate_retrieval(embedder, place, split=split) for place in data}
@@ -200,7 +200,7 @@ def sts(
 
     Spearman's correlation over pairs of texts; pooling and prefixes are those stored with the encoder.
     """
-    from inft.encoders.contrastive.sts import evaluate_sts
+    from inft.encoders.evaluation.sts import evaluate_sts
 
     embedder = _embedder(model, pooling, batch_tokens, max_length)
     _show("STS", model, {str(file): evaluate_sts(embedder, file) for file in data}, output)
@@ -223,7 +223,7 @@ def mteb(
     Through its own library, which downloads their data. Results of the same model that are there already are
     not made again.
     """
-    from inft.encoders.mteb import SUMMARY, mteb_table, run_mteb
+    from inft.encoders.evaluation.mteb import SUMMARY, mteb_table, run_mteb
 
     make_console().print(mteb_table(run_mteb(model, tasks, output, batch_size=batch_size)))
     _say_where(output / SUMMARY)
@@ -261,7 +261,7 @@ def _show(title: str, model: str, figures: Figures, output: Path | None) -> None
 
 def _tasks(task: list[str] | None, columns: str | None, label: str, regression: bool, data: Path | None) -> list[str]:
     """The names of the tasks; UserError for unknown ones and for options that would have no effect."""
-    from inft.encoders.glue_data import TASKS, named_task
+    from inft.encoders.evaluation.glue_data import TASKS, named_task
 
     if columns is None and (label != "label" or regression):
         raise UserError("--label and --regression describe a task of your own: give --columns, too.")

@@ -122,13 +122,15 @@ def store_model(
     params: EncoderParams,
     directory: Path,
     add: Callable[[Path], None],
+    *,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write what inference needs: model.safetensors, config.json, config.yaml, tokenizer_info.json, tokenizer/.
 
-    `add` puts beside it what the task needs.
+    `add` puts beside it what the task needs. `weights` take the place of the model's own, which FSDP shards.
     """
     with staged(directory, what=f"the model of step {directory.name}", remedy=REMEDY) as staging:
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, state_dict=None if weights is None else dict(weights))
         (staging / CONFIG_FILE).write_text(dump_encoder_yaml(params), encoding="utf-8")
         tokenizer.save_pretrained(staging / "tokenizer")
         info = {

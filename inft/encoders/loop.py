@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -134,6 +136,7 @@ class Loop:
         self.accelerator = Accelerator(
             mixed_precision="bf16" if trainer.mixed_precision == "bf16" else "no", cpu=not torch.cuda.is_available()
         )
+        _refuse_sharding(self.accelerator)
         self.plain = model
         optimizers = make_optimizers(model, params.optimizer)
         self.model, *prepared = self.accelerator.prepare(model, *optimizers)
@@ -280,19 +283,31 @@ class Loop:
             data=self.task.description,
             window=self.window.saved(),
         )
-        on_main(self._store)
+        self._store()
         remove_old(self.params)
         self.report.saved(self.step, path)
         self.window.pause(time.perf_counter() - began)
 
     def _store(self) -> None:
         directory = Path(self.params.trainer.output_dir) / MODELS / str(self.step)
-        store_model(
-            self.plain, self.tokenizer, self.params, directory, lambda place: self.task.add_files(self.plain, place)
-        )
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        weights = self.accelerator.get_state_dict(self.model) if sharded else None  # in all processes together
+
+        def store() -> None:
+            add = partial(self.task.add_files, self.plain)
+            store_model(self.plain, self.tokenizer, self.params, directory, add, weights=weights)
+
+        on_main(store)
 
     def _outcome(self, status: Status) -> Outcome:
         return Outcome(status=status, step=self.step, loss=self.last_loss, figures=self.figures)
+
+
+def _refuse_sharding(accelerator: Accelerator) -> None:
+    """DeepSpeed and FSDP1 hold weights in forms of their own, which no checkpoint of ours knows."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise UserError(f"encoders do not train under {kind.value}: launch with torchrun, or with FSDP2.")
 
 
 @dataclass(kw_only=True)

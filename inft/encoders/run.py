@@ -19,6 +19,7 @@ from inft.encoders.report import Report
 from inft.training.callbacks import GracefulStop, sigterm_interrupts
 from inft.training.hardware import hardware, hardware_line, peak_memory, versions
 from inft.training.logfiles import PREFIX
+from inft.training.prepare import draw_apart
 from inft.training.processes import is_main, joined, launch_command, lost_process_told, on_main, together
 from inft.training.quiet import quiet_libraries
 from inft.training.resume import checkpoints, find_checkpoint
@@ -76,6 +77,7 @@ def run_encoder(
         log = stack.enter_context(together(lambda: JsonlLogger(file if is_main() else None)))
         stack.enter_context(_errors_told(log))
         parts = together(lambda: build(params, console))
+        draw_apart(params.seed)
         step = read_run(checkpoint)["step"] if checkpoint else None
         if checkpoint:
             notes = together(lambda: refuse_changes(checkpoint, params, parts.task.description))

@@ -10,8 +10,8 @@ import torch
 from tiny_text_encoders import tiny_stored_encoder
 from transformers import BertConfig, BertModel, TrainerControl, TrainerState, TrainingArguments
 
-from inft.encoders.glue import SCORE, BestEpoch, GlueParams, glue_table, run_glue, save_results, summary
-from inft.encoders.glue_data import TASKS, local_task, named_task, own_task, read_task
+from inft.encoders.evaluation.glue import SCORE, BestEpoch, GlueParams, glue_table, run_glue, save_results, summary
+from inft.encoders.evaluation.glue_data import TASKS, local_task, named_task, own_task, read_task
 from inft.encoders.stored import load_classifier, load_masked_lm, load_tokenizer
 from params.errors import UserError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_text_encoders import tiny_sentence_encoder
 
-from inft.encoders.mteb import SUMMARY, MissingTask, exported_encoder, mteb_table, run_mteb
+from inft.encoders.evaluation.mteb import SUMMARY, MissingTask, exported_encoder, mteb_table, run_mteb
 from params.errors import UserError
 
 needs_mteb = pytest.mark.skipif(find_spec("mteb") is None, reason="the extra mteb is not installed")

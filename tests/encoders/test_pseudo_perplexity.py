@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_text_encoders import POSITIONS, captions, tiny_masked_lm, tiny_tokenizer
 
-from inft.encoders.pseudo_perplexity import (
+from inft.encoders.evaluation.pseudo_perplexity import (
     ScoredDocument,
     corpus_scores,
     perplexity,

@@ -15,8 +15,8 @@ from craft.distributed import gather_rows, sum_over_ranks
 from inft.encoders.contrastive.batches import ContrastiveBatch, Texts, evaluation_batches
 from inft.encoders.contrastive.encode import TextEncoder
 from inft.encoders.contrastive.objective import contrastive_loss
-from inft.encoders.contrastive.ranking import DEPTH, ranking_figures, top_documents
 from inft.encoders.contrastive.sources import PairRows
+from inft.encoders.evaluation.ranking import DEPTH, ranking_figures, top_documents
 from params.encoder import EncoderParams
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inft.encoders.glue_metrics import METRICS, accuracy, f1, macro_f1, matthews, pearson, ranks, spearman
+from inft.encoders.evaluation.metrics import METRICS, accuracy, f1, macro_f1, matthews, pearson, ranks, spearman
 
 PREDICTED = [1, 1, 1, 0, 0, 0, 1, 0]
 LABELS = [1, 1, 0, 0, 0, 1, 1, 1]  # 3 true positives, 1 false one, 2 true negatives, 2 false ones

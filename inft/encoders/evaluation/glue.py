@@ -28,8 +28,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from inft.encoders.glue_data import Example, TaskData
-from inft.encoders.glue_metrics import METRICS
+from inft.encoders.evaluation.glue_data import Example, TaskData
+from inft.encoders.evaluation.metrics import METRICS
 from inft.encoders.stored import load_classifier, load_tokenizer, longest_text
 from inft.training.hardware import has_bf16
 from inft.training.storage import write_text

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inft.encoders.contrastive.ranking import DEPTH, ranking_figures, top_documents
-from inft.encoders.contrastive.sts import Embeds
+from inft.encoders.evaluation.ranking import DEPTH, ranking_figures, top_documents
+from inft.encoders.evaluation.sts import Embeds
 from params.errors import UserError
 
 BLOCK = 16_384  # documents

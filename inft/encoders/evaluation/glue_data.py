@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inft.encoders.tables import SUFFIXES, TableRow, read_table
+from inft.encoders.evaluation.tables import SUFFIXES, TableRow, read_table
 from params.errors import UserError
 
 HUB = "nyu-mll/glue"

@@ -1,4 +1,4 @@
-"""The metrics of GLUE as pure functions of numpy arrays: accuracy, F1, Matthews, Pearson and Spearman correlation.
+"""The metrics of GLUE and STS as pure functions of numpy arrays: accuracy, F1, Matthews, Pearson, Spearman.
 
 Where a metric is not defined, such as the correlation with a constant, it is 0: nothing was predicted.
 """

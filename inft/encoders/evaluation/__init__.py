@@ -1,0 +1,1 @@
+"""What a stored encoder is worth: GLUE, pseudo-perplexity, retrieval, similarity of sentences, MTEB."""
