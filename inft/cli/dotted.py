@@ -1,8 +1,9 @@
 """Commands that take any parameter as ``--section.key value`` beside their own options."""
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
@@ -10,6 +11,19 @@ if TYPE_CHECKING:
 
 DOTTED = re.compile(r"--\w+(\.\w[\w-]*)+(=.*)?", re.DOTALL)
 GIVEN = "inft.dotted"  # in the context: the arguments of that form, with their values
+EPILOG = "Any parameter of `inft list-params --encoder`: --section.key value."
+
+Resume = Annotated[
+    str | None,
+    typer.Option(metavar="[latest|PATH]", help="Go on exactly where a run stood: --trainer.resume_from_checkpoint."),
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Of weights, data order and masks (42).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")]
+
+
+def config_argument(words: str) -> Any:
+    """What says that a positional argument is the configuration file."""
+    return typer.Argument(metavar="CONFIG.yaml", help=words, show_default=False)
 
 
 class DottedCommand(TyperCommand):

@@ -7,27 +7,17 @@ import typer
 
 from inft.cli import INTERRUPTED
 from inft.cli.console import make_console
-from inft.cli.dotted import GIVEN, DottedCommand
+from inft.cli.dotted import EPILOG, GIVEN, DottedCommand, Overwrite, Resume, Seed, config_argument
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Config = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="CONFIG.yaml",
-        help="Parameters by section; one that ships by its name: configs/contrastive/contrastive_neobert.yaml.",
-        show_default=False,
-    ),
+    config_argument("Parameters by section; one that ships by its name: configs/contrastive/contrastive_neobert.yaml."),
 ]
-Resume = Annotated[
-    str | None,
-    typer.Option(metavar="[latest|PATH]", help="Go on exactly where a run stood: --trainer.resume_from_checkpoint."),
-]
-Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Of weights, data order and masks (42).")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in trainer.output_dir.")]
 
 
-@app.command(cls=DottedCommand, epilog="Any parameter of `inft list-params --encoder`: --section.key value.")
+@app.command(cls=DottedCommand, epilog=EPILOG)
 def finetune_encoder(
     ctx: typer.Context, config: Config = None, seed: Seed = None, resume: Resume = None, overwrite: Overwrite = False
 ) -> None:

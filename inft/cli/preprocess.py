@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inft.cli.console import make_console
-from inft.cli.dotted import GIVEN, DottedCommand
+from inft.cli.dotted import EPILOG, GIVEN, DottedCommand, Overwrite, config_argument
 from params.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,11 +16,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 Config = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="CONFIG.yaml",
-        help="That of the training; its task says what the rows are: documents, or queries with positives.",
-        show_default=False,
-    ),
+    config_argument("That of the training; its task says what the rows are: documents, or queries with positives."),
 ]
 Output = Annotated[
     Path | None,
@@ -32,10 +28,9 @@ Task = Annotated[
     str | None,
     typer.Option(metavar="pretraining|contrastive", help="What the rows are (default as CONFIG says, else documents)."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
-@app.command(cls=DottedCommand, epilog="Any parameter of `inft list-params --encoder`: --section.key value.")
+@app.command(cls=DottedCommand, epilog=EPILOG)
 def preprocess(
     ctx: typer.Context, config: Config = None, output: Output = None, task: Task = None, overwrite: Overwrite = False
 ) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from inft.cli import INTERRUPTED
 from inft.cli.console import make_console
-from inft.cli.dotted import GIVEN, DottedCommand
+from inft.cli.dotted import EPILOG, GIVEN, DottedCommand, Overwrite, Resume, Seed, config_argument
 from params.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,11 +19,7 @@ ENCODERS = ("neobert",)
 Model = Annotated[str, typer.Argument(metavar="|".join(ENCODERS), help="Architecture.")]
 Config = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="CONFIG.yaml",
-        help="Parameters by section; one that ships by its name: configs/pretraining/pretrain_neobert.yaml.",
-        show_default=False,
-    ),
+    config_argument("Parameters by section; one that ships by its name: configs/pretraining/pretrain_neobert.yaml."),
 ]
 Demo = Annotated[
     bool,
@@ -37,15 +33,9 @@ ContinueFrom = Annotated[
         "--dataset.max_seq_length 4096.",
     ),
 ]
-Resume = Annotated[
-    str | None,
-    typer.Option(metavar="[latest|PATH]", help="Go on exactly where a run stood: --trainer.resume_from_checkpoint."),
-]
-Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Of weights, data order and masks (42).")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in trainer.output_dir.")]
 
 
-@app.command(cls=DottedCommand, epilog="Any parameter of `inft list-params --encoder`: --section.key value.")
+@app.command(cls=DottedCommand, epilog=EPILOG)
 def pretrain(
     ctx: typer.Context,
     model: Model,

@@ -4,7 +4,7 @@ Axes: T tokens of the stream, M masked positions.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -51,17 +51,25 @@ def masked_lm_loss(
     Errors: UserError for a fused kernel that cannot run here, or with masked_only=False.
     """
     kernel = resolve_fused(fused, model, batch.input_ids_T.device.type) if masked_only else _none(fused)
-    output = model(
+    output = _forward(model, batch, masked_only=masked_only, fused=kernel, reduction="sum")
+    return MaskedLoss(loss_sum=output.loss, count=batch.masked, correct=output.correct)
+
+
+def masked_token_losses(model: nn.Module, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy [M] of each masked position in the order of the stream, and whether it is predicted."""
+    output = _forward(model, batch, masked_only=True, fused="off", reduction="none")
+    return output.loss, output.correct
+
+
+def _forward(model: nn.Module, batch: MaskedBatch, **how: Any) -> Any:
+    return model(
         input_ids=batch.input_ids_T,
         labels=batch.labels_T,
         position_ids=batch.position_ids_T,
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
-        masked_only=masked_only,
-        fused=kernel,
-        reduction="sum",
+        **how,
     )
-    return MaskedLoss(loss_sum=output.loss, count=batch.masked, correct=output.correct)
 
 
 def resolve_fused(fused: FusedChoice, model: nn.Module, device_type: str) -> FusedKernel:

@@ -19,7 +19,7 @@ from inft.encoders.data.tokenised import tokenizer_fingerprint
 from inft.encoders.guards import masked_token_guards
 from inft.encoders.loop import Loss
 from inft.encoders.lowprecision.convert import after_step, convert_linears, token_multiple
-from inft.encoders.objective import masked_lm_loss
+from inft.encoders.objective import masked_lm_loss, masked_token_losses
 from inft.encoders.run import EncoderResult, Parts, run_encoder
 from inft.training.guards import GuardResult
 from inft.training.processes import gather, process_count, rank
@@ -120,7 +120,7 @@ class MaskedTokens:
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])  # loss, correct, masked tokens
         device = next(model.parameters()).device
         for batch in map(self._fitting, self.heldout):
-            losses_M, correct_M = self._each(model, batch.to(device))
+            losses_M, correct_M = masked_token_losses(model, batch.to(device))
             for language, (loss, correct, count) in _by_language(batch, losses_M, correct_M).items():
                 sums[language] = [a + b for a, b in zip(sums[language], (loss, correct, count), strict=True)]
         return _figures(gather(dict(sums)))
@@ -131,19 +131,6 @@ class MaskedTokens:
     def _fitting(self, batch: FlatBatch) -> FlatBatch:
         """The batch with as many tokens as the kernels of low precision take."""
         return rounded_up(batch, self.multiple, self.tokenizer.pad_token_id or 0)
-
-    def _each(self, model: nn.Module, batch: FlatBatch) -> tuple[Tensor, Tensor]:
-        """The loss and the correctness of each masked token, in the order of the stream."""
-        output = model(
-            input_ids=batch.input_ids_T,
-            labels=batch.labels_T,
-            position_ids=batch.position_ids_T,
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-            masked_only=True,
-            reduction="none",
-        )
-        return output.loss, output.correct
 
 
 def _process() -> dict[str, Any]:

@@ -81,6 +81,20 @@ def report(
         raise SystemExit(f"{title}: ratio {ratio:.3f} is above its limit {limit}")
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that torch's allocator holds during a call beyond what it held before, in bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
 def machine() -> str:
     """The processor and the Python that a figure belongs to."""
     model = platform.processor() or platform.machine()

@@ -3,7 +3,6 @@
 The corpus is read, embedded and compared block by block, so that its texts and vectors are never held as a whole.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from inft.encoders.evaluation.ranking import DEPTH, ranking_figures, top_documents
 from inft.encoders.evaluation.sts import Embeds
+from inft.encoders.evaluation.tables import json_rows
 from params.errors import UserError
 
 BLOCK = 16_384  # documents
@@ -93,20 +93,12 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of each line, which has _id and text."""
     if not file.is_file():
         raise UserError(f"{file} is missing: a retrieval task has corpus.jsonl, queries.jsonl and qrels.tsv.")
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file} line {number}"
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not JSON ({error}).") from error
-            if not isinstance(values, dict) or not isinstance(values.get("text"), str):
-                raise UserError(f"{where} has no text: write an object with _id and text.")
-            if not isinstance(values.get("_id"), str | int):
-                raise UserError(f"{where} has no _id: write an object with _id and text.")
-            yield where, {**values, "_id": str(values["_id"])}
+    for row in json_rows(file):
+        if not isinstance(row.values.get("text"), str):
+            raise UserError(f"{row.where} has no text: write an object with _id and text.")
+        if not isinstance(row.values.get("_id"), str | int):
+            raise UserError(f"{row.where} has no _id: write an object with _id and text.")
+        yield row.where, {**row.values, "_id": str(row.values["_id"])}
 
 
 def _grades(file: Path) -> dict[str, dict[str, float]]:

@@ -87,7 +87,8 @@ def _lines(column: str) -> Reader:
     return read
 
 
-def _jsonl(path: Path) -> Iterator[TableRow]:
+def json_rows(path: Path) -> Iterator[TableRow]:
+    """Yield the objects of a .jsonl file as they are read; UserError names a line that is none."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -136,4 +137,4 @@ def _parquet(path: Path) -> Iterator[TableRow]:
         yield TableRow(values=values, where=f"{path} row {number}")
 
 
-_READERS: Mapping[str, Reader] = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
+_READERS: Mapping[str, Reader] = {".jsonl": json_rows, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}

@@ -8,7 +8,6 @@ padding than it computes twice.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from pair_model import CHUNK, LENGTHS, PAIRS, TEMPERATURE, Side, new_encoder, ne
 from safetensors.torch import load_file
 from served import Peer
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from craft.gradcache import GradCacheConfig, GradCacheContrastiveLoss
 from craft.losses import info_nce
@@ -122,6 +120,8 @@ def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: 
 
 def memory() -> list[Fact]:
     """Bytes that a step holds at its peak, with 64 and with 256 pairs."""
+    from harness import peak_bytes  # cost.py has put it within reach by now
+
     pairs = Pairs()
     few, many = (random_pairs(count, LENGTHS["ragged"]) for count in (PAIRS // 4, PAIRS))
     steps = {
@@ -129,26 +129,16 @@ def memory() -> list[Fact]:
         "many": lambda: pairs.gradcache(many),
         "full": lambda: pairs.full(many),
     }
-    peaks = {name: peak_bytes(pairs, step) for name, step in steps.items()}
+    peaks = {}
+    for name, step in steps.items():
+        pairs.cached.zero_grad(set_to_none=True)  # gradients count
+        peaks[name] = peak_bytes(step)
     words = f"GradCache {peaks['many'] / 2**20:.0f} MB, full batch {peaks['full'] / 2**20:,.0f} MB"
     what = f"GradCache's peak memory with {PAIRS} pairs over {PAIRS // 4}, gradients included"
     return [
         Fact(what=what, value=peaks["many"] / peaks["few"], limit=1.1),
         Fact(what=f"peak memory with {PAIRS} pairs", value=words),
     ]
-
-
-def peak_bytes(pairs: Pairs, step: Callable[[], Any]) -> int:
-    """The most that torch's allocator holds during a step beyond what it held before, in bytes; gradients count."""
-    pairs.cached.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def check_peer(pairs: Pairs, sides: list[Side], peer: Peer, name: str, directory: Path) -> str:

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
 from inft.encoders.contrastive.batches import BatchDraws, ContrastiveBatch, pair_batch
@@ -31,7 +30,7 @@ from params.encoder import ContrastiveParams
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import interleave, parser, report
+from harness import interleave, parser, peak_bytes, report
 
 VOCABULARY = 4096
 TEMPERATURE = 0.05
@@ -54,7 +53,10 @@ def main() -> None:
     model = new_model()
     steps = {"inft": ours(model, texts, chosen.chunk), "sentence-transformers": peer(model, texts, chosen.chunk)}
     compare(model, steps)
-    memory = {name: peak_bytes(model, step) for name, step in steps.items()}
+    memory = {}
+    for name, step in steps.items():
+        model.zero_grad(set_to_none=True)
+        memory[name] = peak_bytes(step)
     words = ", ".join(f"{name} {held / 2**20:.1f} MB" for name, held in memory.items())
     ratio = memory["inft"] / memory["sentence-transformers"]
     print(f"peak memory of a step: {words}; ratio {ratio:.3f}, limit {MEMORY_LIMIT}")
@@ -162,19 +164,6 @@ def compare(model: BertModel, steps: dict[str, Callable[[], float]]) -> None:
     print(f"loss {loss:.6f} and {peer_loss:.6f}; the gradients differ by {off:.1e} of their norm")
     assert abs(loss - peer_loss) < 1e-5 * abs(peer_loss), "the losses differ"
     assert off < 1e-5, "the gradients differ"
-
-
-def peak_bytes(model: BertModel, step: Callable[[], float]) -> int:
-    """The most that torch's allocator holds during a step beyond what it held before, in bytes."""
-    model.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ import torch
 from documents import CONTEXT, ROWS, draw, neobert
 from rich.console import Console
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import interleave, parser, report
+from harness import interleave, parser, peak_bytes, report
 
 from inft.encoders.data.flat import FlatBatch, flatten
 from inft.encoders.objective import masked_lm_loss
@@ -72,18 +71,6 @@ def head_bytes(model: NeoBERTForMaskedLM, batch: FlatBatch, way: str) -> int:
 
     model.zero_grad(set_to_none=True)
     return peak_bytes(lambda: run().backward())
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that torch's allocator holds during a call beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def main() -> None:
