@@ -16,11 +16,12 @@ from inft.encoders.data.masking import IGNORED
 from inft.encoders.loop import Loss
 from inft.training.guards import GuardResult
 from params.encoder import EncoderParams
+from params.encoder_lowprecision import enabled_sections
 
 B = TypeVar("B")
 MANY_UNKNOWN = 0.5  # share of the tokens
 SURELY_MASKED = 50  # expected number of masked tokens, of which it is no chance that none is
-LEAK = 1e-2  # largest change of a hidden state, as a share of the largest, when another document changes
+LEAK = 1e-6  # largest change of a hidden state, as a share of the largest, when another document changes
 
 
 def masked_token_guards(
@@ -33,7 +34,8 @@ def masked_token_guards(
     """Yield what each check finds of a plain model and a batch on its device."""
     yield words_are_known(batch, unk_token_id)
     yield tokens_are_masked(batch, params.datacollator.mlm_probability)
-    yield documents_are_apart(model, batch)
+    if not enabled_sections(params):  # with scales for a whole batch, every number depends a little on every other
+        yield documents_are_apart(model, batch)
     if batch.masked:
         yield weights_get_gradients(model, batch, loss)
 
