@@ -36,14 +36,17 @@ def info_nce(
     excluded_BN: Tensor | None = None,
     negative_weight: float = 1.0,
     all_anchors_MD: Tensor | None = None,
+    excluded_back_BM: Tensor | None = None,
 ) -> InfoNCEOutput:
     """Return each anchor's InfoNCE loss: log Σ_j exp(a_i·p_j/τ) - a_i·p_i/τ (van den Oord et al. 2018, eq. 4).
 
     Anchor i's positive is column `offset` + i, which is never excluded; the sum runs over it, the other positives,
     the queue (no gradient) and the hard negatives, each of which counts `negative_weight` times (its logarithm is added
     to their logits), less the excluded columns. With `all_anchors_MD` it is the mean of this and of positive → anchors
-    of all processes (Radford et al. 2021, CLIP), under the same `excluded_BM`; queue and hard negatives enter the first
-    only. Embeddings are unit vectors; everything is computed in float32 (float64 stays), autocast off.
+    of all processes (Radford et al. 2021, CLIP); queue and hard negatives enter the first only. `excluded_back_BM` says
+    which anchors j are no negatives of positive i; without it that is `excluded_BM`, whose [i, j] is about anchor i and
+    positive j: leave it out only where both mean the same, as with rows that share a text.
+    Embeddings are unit vectors; everything is computed in float32 (float64 stays), autocast off.
     Errors: ValueError when there is no column for an anchor, and for a weight that is not above 0.
     """
     if not negative_weight > 0:
@@ -71,7 +74,8 @@ def info_nce(
         losses_B = _softplus(negative_B - own_B)
         if all_anchors_MD is not None:
             scaled_BD = positives_MD[offset : offset + rows] / temperature
-            back_B, negative_B, _ = _in_batch(scaled_BD, all_anchors_MD.to(dtype), offset, excluded_BM)
+            blocked_BM = excluded_BM if excluded_back_BM is None else excluded_back_BM
+            back_B, negative_B, _ = _in_batch(scaled_BD, all_anchors_MD.to(dtype), offset, blocked_BM)
             losses_B = (losses_B + _softplus(negative_B - back_B)) / 2
     return InfoNCEOutput(
         losses_B=losses_B, correct_B=own_B.detach() > best_B, contrasted_B=best_B > torch.finfo(dtype).min

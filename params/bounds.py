@@ -20,10 +20,15 @@ class Bounds(NamedTuple):
     @property
     def words(self) -> str:
         """The interval for a message: "at least 0 and below 1"."""
-        low = f"{'at least' if self.low_included else 'above'} {self.low:g}"
+        low = f"{'at least' if self.low_included else 'above'} {_figure(self.low)}"
         if self.high == float("inf"):
             return low
-        return f"{low} and {'at most' if self.high_included else 'below'} {self.high:g}"
+        return f"{low} and {'at most' if self.high_included else 'below'} {_figure(self.high)}"
+
+
+def _figure(number: float) -> str:
+    """Whole numbers in full: "4,294,967,296"."""
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
 Positive = Annotated[float, Bounds(0, low_included=False)]
@@ -35,3 +40,4 @@ Ratio = Annotated[float, Bounds(1)]
 Count = Annotated[int, Bounds(1)]
 CountOrZero = Annotated[int, Bounds(0)]
 TokenLimit = Annotated[int, Bounds(32)]
+Seed = Annotated[int, Bounds(0, 2**32)]  # what numpy takes

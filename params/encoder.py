@@ -11,10 +11,13 @@ from params.bounds import (
     PartialShare,
     Positive,
     PositiveShare,
+    Seed,
     Share,
     TokenLimit,
 )
 from params.lowprecision import Quartet2Params, TorchAOParams, TransformerEngineParams
+
+DEFAULT_TOKENIZER = "google-bert/bert-base-uncased"  # where neither a tokenizer nor a stored model is named
 
 EncoderTask = Literal["pretraining", "contrastive"]
 Pooling = Literal["mean", "cls", "last_token", "weighted_mean"]
@@ -44,7 +47,7 @@ class EncoderModelParams:
 class TokenizerParams:
     """The vocabulary."""
 
-    name: str = "google-bert/bert-base-uncased"  # hub id or directory of a fast tokenizer with a mask token
+    name: str | None = None  # hub id or directory; none: that of model.name, else google-bert/bert-base-uncased
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class DatasetParams:
     streaming: bool = False  # read as training goes on, instead of all before it
     max_seq_length: TokenLimit = 512  # tokens of a document, special ones included
     long_documents: Literal["split", "drop"] = "split"  # what becomes of a longer one; both are counted
+    max_bad_fraction: PartialShare = 0.01  # of the rows: corrupt ones are skipped and counted, more end the run
     train_split: str = "train"  # of a data set with splits
     eval_split: str | None = None  # none: validation, eval, test or dev where there is one
     eval_samples: Count | None = None  # first rows of the train split kept for evaluation where there is no other split
@@ -79,7 +83,7 @@ class EncoderTrainerParams:
 
     per_device_train_batch_size: Count = 16  # documents, or packed sequences, of a micro-batch
     per_device_eval_batch_size: Count = 32  # documents
-    gradient_accumulation_steps: Count = 1  # micro-batches of a step, weighted by their masked tokens
+    gradient_accumulation_steps: Count = 1  # micro-batches of a step, weighted by their masked tokens or rows
     max_steps: Count = 1_000_000  # optimizer steps
     save_steps: Count = 10_000  # steps between checkpoints
     eval_steps: Count = 10_000  # steps between evaluations
@@ -92,7 +96,7 @@ class EncoderTrainerParams:
     gradient_clipping: Positive | None = 1.0  # largest gradient norm; none: no limit
     torch_compile: bool = False  # compile the model's blocks
     torch_compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"  # of torch.compile
-    torch_compile_dynamic: bool | None = None  # none: static shapes, batches are padded to one size
+    torch_compile_dynamic: bool | None = None  # none: static shapes, pretraining pads batches to one size
     enforce_full_packed_batches: bool = True  # packed: keep documents back until a micro-batch is full
     eval_max_batches: Count | None = None  # none: all, or 64 when streaming
     masked_logits_only_loss: bool = True  # logits of the masked positions alone; false: of all, an ablation
@@ -145,7 +149,7 @@ class ContrastiveParams:
     max_hard_negatives: CountOrZero = 7  # of a row, drawn anew in each epoch
     query_prefix: str = ""  # put before every query, in training, evaluation and the stored model
     document_prefix: str = ""  # put before every positive and negative
-    query_max_length: TokenLimit | None = None  # tokens; none: dataset.max_seq_length
+    query_max_length: Count | None = None  # tokens; none: dataset.max_seq_length
     simcse_share: Share = 0.0  # of the steps: a query's positive is itself under another dropout
     simcse_dropout: PartialShare = 0.1  # of these steps
     gradcache_chunk_size: Count | None = None  # rows encoded at a time; none: all at once
@@ -157,7 +161,7 @@ class EncoderParams:
     """All parameters of one run."""
 
     task: EncoderTask = "pretraining"  # which of the two objectives
-    seed: CountOrZero = 42  # of weights, data order and masks
+    seed: Seed = 42  # of weights, data order and masks
     model: EncoderModelParams = field(default_factory=EncoderModelParams)
     tokenizer: TokenizerParams = field(default_factory=TokenizerParams)
     dataset: DatasetParams = field(default_factory=DatasetParams)

@@ -1,12 +1,15 @@
 """Parameters of an encoder's run that are each right but cannot hold together, or that the run would ignore."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from params.encoder import EncoderParams
 from params.encoder_lowprecision import SECTIONS as LOW_PRECISION
-from params.encoder_lowprecision import low_precision_problems
+from params.encoder_lowprecision import low_precision_problems, unread_low_precision
 from params.encoder_schedule import schedule_problems
+from params.yamlfile import Given
+
+NOTHING: Mapping[str, Given] = {}
 
 # Fields that are read under some values of another field only.
 DEPENDS: Mapping[str, tuple[str, Any]] = {
@@ -35,13 +38,14 @@ PRETRAINING_ONLY = (
     "dataset.pre_tokenize",
     "dataset.train_split",
     "dataset.long_documents",
+    "dataset.max_bad_fraction",
     "dataset.text_column",
     "dataset.language_column",
 )
 CONTRASTIVE_ONLY = ("contrastive", "dataset.sources", "dataset.mixing_alpha")
 
 
-def contradictions(params: EncoderParams, told: Collection[str] = ()) -> list[str]:
+def contradictions(params: EncoderParams, told: Mapping[str, Given] = NOTHING) -> list[str]:
     """One message per contradiction, each with its remedy; `told` are the fields that somebody gave."""
     return [*_model(params), *_data(params), *_trainer(params), *_contrastive(params), *_unread(params, told)]
 
@@ -76,6 +80,8 @@ def _data(params: EncoderParams) -> Iterator[str]:
         yield "there is no data: give dataset.path (files), or dataset.name (a hub data set)."
     elif len(given) > 1:
         yield f"dataset.{' and dataset.'.join(given)} are given: keep one of them."
+    if data.config is not None and data.name is None and given:
+        yield "dataset.config is of a hub data set (dataset.name): drop it."
     if data.eval_split and data.eval_samples:
         yield "dataset.eval_split and dataset.eval_samples are two ways to evaluate: keep one of them."
     if not data.num_workers and (data.persistent_workers or data.prefetch_factor):
@@ -103,10 +109,16 @@ def _contrastive(params: EncoderParams) -> Iterator[str]:
         yield "contrastive.simcse_share needs a contrastive.simcse_dropout above 0: two passes would be the same."
 
 
-def _unread(params: EncoderParams, told: Collection[str]) -> Iterator[str]:
+def _unread(params: EncoderParams, told: Mapping[str, Given]) -> Iterator[str]:
     """What somebody gave although nothing reads it; a value that equals the one in force does no harm."""
     defaults = EncoderParams()
     other = CONTRASTIVE_ONLY if params.task == "pretraining" else PRETRAINING_ONLY
+    yield from unread_low_precision(params, told)
+    if params.model.name is not None:
+        # In a file they may stand: that of a run that went on from another has them all.
+        asked = [key for key, given in told.items() if key.startswith("model.") and given.origin.startswith("--")]
+        if own := [key for key in asked if key not in ("model.name", "model.attn_backend")]:
+            yield f"{', '.join(own)}: {params.model.name} brings its own architecture. Drop it."
     for key in dict.fromkeys(".".join(key.split(".")[:2]) for key in told):  # an entry of a mapping stands for it
         section, _, name = key.partition(".")
         changed = name and getattr(getattr(params, section), name) != getattr(getattr(defaults, section), name)

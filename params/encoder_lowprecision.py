@@ -6,6 +6,7 @@ from typing import Any
 
 from params.encoder import EncoderParams
 from params.lowprecision import Quartet2Params, TorchAOParams, TransformerEngineParams
+from params.yamlfile import Given
 
 LowPrecision = TorchAOParams | TransformerEngineParams | Quartet2Params
 
@@ -20,8 +21,6 @@ READ_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
     "torchao": {
         "auto_filter_small_kn": ("float8_tensorwise", "float8_rowwise"),  # torchao measured no others
         "emulate": _FLOAT8,
-        "enable_fsdp_float8_all_gather": ("float8_tensorwise",),
-        "precompute_float8_dynamic_scale_for_fsdp": ("float8_tensorwise",),
     },
     "transformer_engine": {
         "fp8_format": ("fp8_delayed", "fp8_current", "mxfp8"),
@@ -48,6 +47,30 @@ def low_precision_problems(params: EncoderParams) -> list[str]:
     [name] = enabled
     section: LowPrecision = getattr(params, name)
     return [*_run(params, name, section), *_layers(params, name, section), *_unread(name, section)]
+
+
+def unread_low_precision(params: EncoderParams, told: Mapping[str, Given]) -> list[str]:
+    """One message for each section that is off although somebody gave fields of it.
+
+    `told` are the fields that were given, by dotted name. Whoever gives `enable` beside the fields, or above them (on a
+    command line over a file), has turned the section off on purpose. In another task no section is read at all, which
+    is told elsewhere.
+    """
+    if params.task != "pretraining":
+        return []
+    problems = []
+    for name in SECTIONS:
+        switch = f"{name}.enable"
+        idle = [key for key in told if key.startswith(f"{name}.") and _layer(told, key) > _layer(told, switch)]
+        if idle and not getattr(params, name).enable:
+            has, them = ("has", "it") if len(idle) == 1 else ("have", "them")
+            problems.append(f"{', '.join(idle)} {has} no effect unless {switch} is true: set that, or drop {them}.")
+    return problems
+
+
+def _layer(told: Mapping[str, Given], key: str) -> int:
+    """Where a field was given: 0 nowhere, 1 in a file, 2 on a command line."""
+    return 0 if key not in told else 1 + told[key].origin.startswith("--")
 
 
 def _run(params: EncoderParams, name: str, section: LowPrecision) -> Iterator[str]:
@@ -79,13 +102,6 @@ def _layers(params: EncoderParams, name: str, section: LowPrecision) -> Iterator
             f"{name} would convert the head, whose inputs are the masked positions: as many as chance wants, and low "
             f"precision takes multiples. Add {HEAD} to {name}.filter_fqns, or set "
             "trainer.masked_logits_only_loss: false."
-        )
-    if isinstance(section, TorchAOParams) and (
-        section.precompute_float8_dynamic_scale_for_fsdp and not section.enable_fsdp_float8_all_gather
-    ):
-        yield (
-            "torchao.precompute_float8_dynamic_scale_for_fsdp has no effect without "
-            "torchao.enable_fsdp_float8_all_gather: true: set that, or drop it."
         )
 
 

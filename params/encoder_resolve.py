@@ -22,7 +22,8 @@ SECTIONS: Mapping[str, type] = {
 }
 ENCODER = Schema(EncoderParams, SECTIONS, "--{}.FIELD VALUE")
 SHIPPED = Path(__file__).parent / "configs"
-WHICH_DATA = {"dataset.name", "dataset.path", "dataset.sources", "dataset.config"}
+WHICH_DATA = {"dataset.name", "dataset.path", "dataset.sources"}  # the one named last is read, with its config
+OF_DATA = {*WHICH_DATA, "dataset.config"}
 FOLDERS = ("pretraining", "contrastive")  # of SHIPPED, for encoders
 
 
@@ -43,9 +44,9 @@ def resolve_encoder(
     told = _arguments(arguments, problems)
     told |= {key: Given(value, f"--{key}") for key, value in (flags or {}).items() if value is not None}
     below = {key: Given(value, "defaults") for key, value in (base or {}).items()}
-    lower = [below, file] if not file.keys() & WHICH_DATA else [_without(below, WHICH_DATA), file]
+    lower = [below, file] if not file.keys() & WHICH_DATA else [_without(below, OF_DATA), file]
     if told.keys() & WHICH_DATA:  # data that a command line names takes the place of the file's
-        lower = [_without(layer, WHICH_DATA) for layer in lower]
+        lower = [_without(layer, OF_DATA) for layer in lower]
     layers = [directories(layer, problems) for layer in (*lower, *_mappings_apart(told))]
     values = merged(layers, problems, ENCODER)
     if values.setdefault("task", task) != task:

@@ -28,14 +28,14 @@ class TorchAOParams:
     """Linear layers through torchao."""
 
     enable: bool = False  # convert the model's linear layers
-    recipe: TorchAORecipe = "float8_rowwise"  # float8 needs Ada or Hopper, cublas, cutlass and nvfp4 need Blackwell
+    recipe: TorchAORecipe = "float8_rowwise"  # float8 needs Ada or Hopper; cublas, cutlass and nvfp4_qat Blackwell
     filter_fqns: tuple[str, ...] = ("decoder",)  # layers with one of these in their names stay as they are
     skip_first_last_linear: bool = True  # the first and the last linear layer of the model stay as they are
     auto_filter_small_kn: bool = False  # layers that torchao holds too small to gain speed stay as they are
     require_compile: bool = True  # refuse to run without trainer.torch_compile, which the speed depends on
     emulate: bool = False  # float8 recipes on any hardware: their rounding without their speed
-    enable_fsdp_float8_all_gather: bool = False  # FSDP2 gathers weights in 8 bits; float8_tensorwise alone
-    precompute_float8_dynamic_scale_for_fsdp: bool = False  # all scales of such weights at once after each step
+    enable_fsdp_float8_all_gather: bool = False  # accepted, does nothing: of FSDP, which encoders do not train under
+    precompute_float8_dynamic_scale_for_fsdp: bool = False  # accepted, does nothing: of FSDP as well
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,9 @@ Resume = Annotated[
     str | None,
     typer.Option(metavar="[latest|PATH]", help="Go on exactly where a run stood: --trainer.resume_from_checkpoint."),
 ]
-Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Of weights, data order and masks (42).")]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of weights, data order and masks (42).")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")]
 
 

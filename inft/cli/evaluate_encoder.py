@@ -1,17 +1,17 @@
 """inft evaluate-encoder: what a stored text encoder is worth, each sub-command by one measure."""
 
-import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from inft.cli.console import make_console, stderr_console
+from inft.cli.embed import BatchTokens, PoolingOption, check_pooling, load_embedder, stored_model
 from params.errors import UserError
 
 if TYPE_CHECKING:
-    from craft.pooling import PoolingStrategy
     from inft.encoders.embed import Embedder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
@@ -20,83 +20,112 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A stored encoder, such as outputs/neobert/model_checkpoints/100000, or a hub id.",
+        help="The encoder: a stored one, such as outputs/neobert/model_checkpoints/100000, the output directory of a "
+        "run (its newest model is taken), or a hub id.",
         show_default=False,
     ),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Figures and settings as JSON.")
-]
-BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Rows at a time.")]
-MaxLength = Annotated[
-    int | None, typer.Option(metavar="N", min=3, help="Tokens of a text (default as stored, or what the model takes).")
-]
-POOLINGS = ("mean", "cls", "last_token", "weighted_mean")
-PoolingOption = Annotated[
-    str | None,
+    Path | None,
     typer.Option(
-        "--pooling", metavar="|".join(POOLINGS), help="Where the model does not say, or instead of what it says."
+        "--output", "-o", metavar="FILE.json", help="Also write the figures, and the settings behind them, as JSON."
     ),
 ]
-BatchTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of one pass.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Texts that go through the model at a time.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=3,
+        help="Tokens at which a longer text is cut (default as stored with the model, or what it can take).",
+    ),
+]
+SEEDS = 2**32  # numpy takes none from here on
 Figures = Mapping[str, Mapping[str, float]]  # file or directory -> metric -> value
+
+
+def _example(*lines: str) -> str:
+    """An epilog that keeps its lines."""
+    return "\b\nExample:\n" + "\n".join(f"  inft evaluate-encoder {line}" for line in lines)
 
 
 @app.callback()
 def evaluate_encoder() -> None:
     """Measure a stored text encoder.
 
-    GLUE, pseudo-perplexity, retrieval, semantic similarity (STS) and MTEB.
+    GLUE, pseudo-perplexity, retrieval, semantic similarity (STS) and MTEB: each is a sub-command with its own --help.
 
     Local files, in common layouts, are enough for all but MTEB.
     """
 
 
-@app.command()
+@app.command(
+    epilog=_example("glue outputs/neobert --task mrpc --task rte", "glue outputs/neobert --columns text --data my_task")
+)
 def glue(
     model: Model,
     task: Annotated[
         list[str] | None,
         typer.Option(
             metavar="cola|sst2|mrpc|qqp|stsb|mnli|qnli|rte|wnli",
-            help="Of GLUE; repeatable (default all). With --data and --columns: any name for a task of your own.",
+            help="A task of GLUE; give it several times for several tasks (default all). With --data and --columns: "
+            "any name for a task of your own.",
         ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="With train and validation (or dev) as .jsonl, .csv, .tsv or .parquet; with several tasks a directory "
-            "of each (default: the hub's nyu-mll/glue).",
+            help="A directory with the files train and validation (or dev), each .jsonl, .csv, .tsv or .parquet; with "
+            "several tasks a directory of such directories, each named as its task (default: nyu-mll/glue of the hub).",
         ),
     ] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="NAME[,NAME]", help="The columns of one or two texts, for a task of your own.")
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="For a task of your own: the column with the text, or the two columns of a pair.",
+        ),
     ] = None,
-    label: Annotated[str, typer.Option(metavar="NAME", help="The column of labels, with --columns.")] = "label",
+    label: Annotated[str, typer.Option(metavar="NAME", help="With --columns: the column with the labels.")] = "label",
     regression: Annotated[
         bool, typer.Option("--regression", help="With --columns: labels are numbers to predict, not classes.")
     ] = False,
-    seeds: Annotated[str, typer.Option(metavar="N,…", help="One fine-tuning for each.")] = "0,1,2",
-    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over the train rows, at most.")] = 10,
+    seeds: Annotated[
+        str,
+        typer.Option(
+            metavar="N,…", help="Random seeds, from 0 to 4294967295: the model is fine-tuned once with each of them."
+        ),
+    ] = "0,1,2",
+    epochs: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Most passes over the rows that are trained on.")
+    ] = 10,
     patience: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Epochs without a better score before a fine-tuning ends.")
+        int, typer.Option(metavar="N", min=1, help="Passes without a better score after which a fine-tuning ends.")
     ] = 3,
-    lr: Annotated[float, typer.Option(metavar="X", min=0, help="Peak; decays to 0 linearly.")] = 3e-5,
+    lr: Annotated[
+        float, typer.Option(metavar="X", min=0, help="Highest learning rate, from which it falls to 0 in a line.")
+    ] = 3e-5,
     batch_size: BatchSize = 32,
-    max_length: Annotated[int, typer.Option(metavar="N", min=3, help="Tokens of a row; longer ones are cut.")] = 256,
+    max_length: Annotated[int, typer.Option(metavar="N", min=3, help="Tokens at which a longer row is cut.")] = 256,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune on tasks in GLUE's format.
 
-    Once for each seed; printed are the validation figures as mean ± standard deviation, each seed with its best epoch
-    on the validation rows. The stored encoder is not changed.
+    The encoder is fine-tuned once with each seed. What is printed are the figures on the validation rows, as mean ±
+    standard deviation over the seeds; each seed counts with the epoch that was best on these rows. The stored encoder
+    is not changed.
+
+    Labels of GLUE's tasks are the names of their classes or the numbers from 0 in GLUE's order.
     """
     from inft.cli.extras import require_extras
 
     names = _tasks(task, columns, label, regression, data)
     own_columns = None if columns is None else _columns(columns)
-    numbers = _whole_numbers("--seeds", seeds)
+    numbers = _seeds(seeds)
+    _check_output(output, overwrite)
     require_extras("accelerate", *(() if data else ("datasets",)))
     from inft.encoders.evaluation.glue import GlueParams, glue_table, run_glue, save_results
     from inft.encoders.evaluation.glue_data import local_task, named_task, own_task, read_task
@@ -107,10 +136,13 @@ def glue(
     )
     console, progress, found = make_console(), stderr_console(), []
     quiet_libraries(progress_bars=False)
-    for name in names:
+    tasks = []
+    for name in names:  # all are read before the first one is learned, which takes long
         place = data if data is None or len(names) == 1 else data / name
         one = named_task(name) if own_columns is None else own_task(name, own_columns, label, regression=regression)
-        rows = read_task(one if place is None else local_task(one, place), place)
+        tasks.append(read_task(one if place is None else local_task(one, place), place))
+    model = stored_model(model)
+    for rows in tasks:
         found.append(run_glue(model, rows, params, say=lambda line: progress.print(line, markup=False)))
         if output is not None:
             save_results(output, found)
@@ -118,144 +150,202 @@ def glue(
     _say_where(output)
 
 
-@app.command()
+@app.command(epilog=_example("pseudo-perplexity outputs/neobert texts.jsonl --language-column language -o scores.json"))
 def pseudo_perplexity(
     model: Model,
     texts: Annotated[
         Path,
         typer.Argument(
-            metavar="TEXTS", help="A .jsonl, .csv, .tsv or .parquet file, or .txt with a text on each line."
+            metavar="TEXTS",
+            help="A .jsonl, .csv, .tsv or .parquet file, or a .txt file with a text on each line.",
+            show_default=False,
         ),
     ],
-    text_column: Annotated[str, typer.Option(metavar="NAME", help="Of the rows.")] = "text",
+    text_column: Annotated[str, typer.Option(metavar="NAME", help="The column that has the texts.")] = "text",
     language_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Also show each language's figure.")
+        str | None,
+        typer.Option(metavar="NAME", help="The column that names each text's language: also show a figure for each."),
     ] = None,
     word_l2r: Annotated[
-        bool, typer.Option("--word-l2r", help="Mask the later tokens of the same word too (Kauf and Ivanova 2023).")
+        bool,
+        typer.Option("--word-l2r", help="Mask with a token the later ones of its word, too (Kauf and Ivanova 2023)."),
     ] = False,
-    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="The first N texts.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Score only the first N texts.")] = None,
     max_length: MaxLength = None,
     token_budget: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens of masked copies at a time; more take more memory.")
     ] = 16_384,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Pseudo-perplexity of texts.
 
     Every token is masked alone and predicted from all the others (Salazar et al. 2020), exactly: a text of n tokens
-    takes n passes. For NeoBERT, whose copies go through unpadded.
+    takes n passes. For NeoBERT with its masked-LM head, whose copies go through unpadded.
+
+    Special tokens written in a text, such as [MASK], are letters as any others. "unknown" is the share of the tokens
+    that stand for what the vocabulary does not have: they are easy to predict, so compare only figures with few.
     """
     from inft.encoders.evaluation.pseudo_perplexity import corpus_scores, evaluate_texts, perplexity_table, save_scores
     from inft.encoders.evaluation.tables import read_texts
 
+    _check_output(output, overwrite)
     rows = read_texts(texts, text_column, language_column)[:limit]
+    model = stored_model(model)
     documents = evaluate_texts(model, rows, max_length=max_length, word_l2r=word_l2r, token_budget=token_budget)
     make_console().print(perplexity_table(corpus_scores(documents)))
     if output is not None:
-        save_scores(output, documents, settings={"model": model, "texts": str(texts), "word_l2r": word_l2r})
+        settings = {"model": model, "texts": str(texts), "word_l2r": word_l2r, "max_length": max_length}
+        save_scores(output, documents, settings=settings)
     _say_where(output)
 
 
-@app.command()
+@app.command(epilog=_example("retrieval outputs/neobert_contrastive --data my_corpus -o retrieval.json"))
 def retrieval(
     model: Model,
     data: Annotated[
         list[Path],
-        typer.Option(metavar="DIR", help="In BEIR's layout: corpus.jsonl, queries.jsonl, qrels.tsv; repeatable."),
+        typer.Option(
+            metavar="DIR",
+            help="A directory in BEIR's layout, with corpus.jsonl, queries.jsonl and qrels.tsv (or qrels/SPLIT.tsv); "
+            "give it several times for several.",
+        ),
     ],
     split: Annotated[
-        str, typer.Option(metavar="NAME", help="Of qrels/NAME.tsv, where there is no qrels.tsv.")
+        str, typer.Option(metavar="NAME", help="Where there is no qrels.tsv, judgements are those of qrels/NAME.tsv.")
     ] = "test",
     pooling: PoolingOption = None,
     batch_tokens: BatchTokens = 16_384,
     max_length: MaxLength = None,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Find the documents that answer queries.
 
-    Recall@k, nDCG@k and MRR. All documents are compared with every query; pooling and prefixes are as stored with the
-    encoder.
+    The figures are recall@k, nDCG@k and MRR, means over the queries with a relevant document. All documents are
+    compared with every query; one with the query's own id is left out of its ranking. Pooling and prefixes are as
+    stored with the encoder.
+
+    Recall@k is the share of a query's relevant documents that are among the first k: it cannot exceed k divided by
+    their number, and nDCG@k can.
     """
-    from inft.encoders.evaluation.retrieval import evaluate_retrieval
+    from inft.encoders.evaluation.retrieval import open_retrieval, score_retrieval
 
-    embedder = _embedder(model, pooling, batch_tokens, max_length)
-    figures = {str(place): evaluate_retrieval(embedder, place, split=split) for place in data}
-    _show("Retrieval", model, figures, output)
+    check_pooling(pooling)
+    _check_output(output, overwrite)
+    tasks = {str(place): open_retrieval(place, split) for place in data}  # all are read before the first is embedded
+    model = stored_model(model)
+    embedder = load_embedder(model, pooling, batch_tokens, max_length)
+    figures = {place: score_retrieval(embedder, task) for place, task in tasks.items()}
+    _show("Retrieval", model, figures)
+    _save(output, model, figures, {**_settings(embedder), "split": split})
 
 
-@app.command()
+@app.command(epilog=_example("sts outputs/neobert_contrastive --data pairs.tsv -o sts.json"))
 def sts(
     model: Model,
     data: Annotated[
         list[Path],
-        typer.Option(metavar="FILE", help="A .tsv or .jsonl file: sentence1, sentence2 and score; repeatable."),
+        typer.Option(
+            metavar="FILE",
+            help="A .tsv, .csv, .jsonl or .parquet file with the columns sentence1, sentence2 and score; give it "
+            "several times for several.",
+        ),
     ],
     pooling: PoolingOption = None,
     batch_tokens: BatchTokens = 16_384,
     max_length: MaxLength = None,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare cosines with people's scores.
 
-    Spearman's correlation over pairs of texts; pooling and prefixes are those stored with the encoder.
+    The figure is Spearman's correlation over pairs of texts. Pooling and prefixes are those stored with the encoder.
     """
-    from inft.encoders.evaluation.sts import evaluate_sts
+    from inft.encoders.evaluation.sts import read_pairs, score_pairs
 
-    embedder = _embedder(model, pooling, batch_tokens, max_length)
-    _show("STS", model, {str(file): evaluate_sts(embedder, file) for file in data}, output)
+    check_pooling(pooling)
+    _check_output(output, overwrite)
+    files = {str(file): read_pairs(file) for file in data}  # all are read before the first is embedded
+    model = stored_model(model)
+    embedder = load_embedder(model, pooling, batch_tokens, max_length)
+    figures = {file: score_pairs(embedder, pairs) for file, pairs in files.items()}
+    _show("STS", model, figures)
+    _save(output, model, figures, _settings(embedder))
 
 
-@app.command()
+@app.command(epilog=_example("mteb outputs/neobert_contrastive --task STS12 -o metrics/mteb"))
 def mteb(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An exported encoder: a directory with modules.json.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="An exported encoder, a directory with modules.json, or the output directory of a contrastive run "
+            "(its newest model is taken).",
+            show_default=False,
+        ),
+    ],
     tasks: Annotated[
         list[str],
-        typer.Option("--task", metavar="NAME", help='Of MTEB, or a benchmark such as "MTEB(eng, v2)"; repeatable.'),
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help='A task of MTEB, or a benchmark such as "MTEB(eng, v2)"; give it several times for several.',
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The library's result files.")] = Path(
-        "metrics/mteb"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where scores.json and the library's results go.")
+    ] = Path("metrics/mteb"),
     batch_size: BatchSize = 32,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the scores.json of another model if it is there.")
+    ] = False,
 ) -> None:
     """Run tasks of MTEB (the extra mteb).
 
-    Through its own library, which downloads their data. Results of the same model that are there already are
-    not made again.
+    They are run by MTEB's own library, which downloads their data. Results of the same model that are there already
+    are not made again.
     """
     from inft.encoders.evaluation.mteb import SUMMARY, mteb_table, run_mteb
 
-    make_console().print(mteb_table(run_mteb(model, tasks, output, batch_size=batch_size)))
+    directory = Path(stored_model(model))
+    make_console().print(mteb_table(run_mteb(directory, tasks, output, batch_size=batch_size, overwrite=overwrite)))
     _say_where(output / SUMMARY)
 
 
-def _embedder(model: str, pooling: str | None, batch_tokens: int, max_length: int | None) -> "Embedder":
-    if pooling is not None and pooling not in POOLINGS:
-        raise UserError(f"--pooling {pooling}: choose one of {', '.join(POOLINGS)}.")
-    from inft.encoders.embed import open_embedder
+def _check_output(output: Path | None, overwrite: bool) -> None:
+    """UserError before the work for an output that could not be written after it."""
+    from inft.encoders.outputs import check_output
 
-    told = cast("PoolingStrategy | None", pooling)
-    return open_embedder(model, pooling=told, batch_tokens=batch_tokens, max_length=max_length)
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    elif overwrite:
+        raise UserError("--overwrite replaces a file: name it by -o, or drop --overwrite.")
 
 
-def _show(title: str, model: str, figures: Figures, output: Path | None) -> None:
-    """A table with a row for each data set, and the same as JSON."""
+def _settings(embedder: "Embedder") -> dict[str, Any]:
+    return {name: value for name, value in asdict(embedder.settings).items() if name != "notes"}
+
+
+def _show(title: str, model: str, figures: Figures) -> None:
+    """A table with a column for each data set."""
     from rich.table import Table
 
-    from inft.training.storage import write_text
-
     table = Table(title=f"{title}: {model}")
-    names = list(next(iter(figures.values())))
-    for heading in ("data", *names):
-        table.add_column(heading, justify="left" if heading == "data" else "right")
-    for place, found in figures.items():
-        table.add_row(
-            place, *(f"{found[name]:,}" if isinstance(found[name], int) else f"{found[name]:.4f}" for name in names)
-        )
+    table.add_column("figure")
+    for place in figures:
+        table.add_column(place, justify="right", overflow="fold")
+    for name in next(iter(figures.values())):
+        values = [found[name] for found in figures.values()]
+        table.add_row(name, *(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in values))
     make_console().print(table)
+
+
+def _save(output: Path | None, model: str, figures: Figures, settings: Mapping[str, Any]) -> None:
+    from inft.encoders.outputs import write_json
+
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, json.dumps({"model": model, "figures": figures}, indent=1) + "\n")
+        write_json(output, {"model": model, "settings": settings, "figures": figures})
     _say_where(output)
 
 
@@ -281,13 +371,15 @@ def _columns(text: str) -> tuple[str, ...]:
     return names
 
 
-def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+def _seeds(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"{option} {text}: give whole numbers, such as 0,1,2.") from error
+        raise UserError(f"--seeds {text}: give whole numbers, such as 0,1,2.") from error
+    if any(not 0 <= number < SEEDS for number in numbers):
+        raise UserError(f"--seeds {text}: give numbers from 0 to {SEEDS - 1}.")
     if len(set(numbers)) < len(numbers):
-        raise UserError(f"{option} {text}: a number stands there twice.")
+        raise UserError(f"--seeds {text}: a number stands there twice.")
     return numbers
 
 

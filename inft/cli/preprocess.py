@@ -50,6 +50,8 @@ def preprocess(
     )
     told = output or params.dataset.pre_tokenized_dir
     directory = Path(told) if told else Path(params.trainer.output_dir) / "pre_tokenized"
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file: name a directory with --output.")
     if directory.exists() and any(directory.iterdir()) and not overwrite:
         raise UserError(f"{directory} exists: give --overwrite to replace it, or another --output.")
     console = make_console()

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from inft.encoders.data.tokenised import tokenizer_fingerprint
 from inft.models.neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from inft.models.neobert_attention import check_backend
 from inft.models.neobert_import import load_published
-from params.encoder import EncoderParams
+from params.encoder import DEFAULT_TOKENIZER, EncoderParams
 from params.errors import UserError
 
 ARCHITECTURE = (
@@ -30,17 +31,37 @@ ARCHITECTURE = (
 
 
 def load_tokenizer(params: EncoderParams) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of tokenizer.name, or of a stored model's directory; UserError when there is none."""
-    name = params.tokenizer.name
-    inner = Path(name) / "tokenizer"
-    try:
-        return AutoTokenizer.from_pretrained(inner if inner.is_dir() else name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    """Return the tokenizer of tokenizer.name; where none is named that of model.name, else DEFAULT_TOKENIZER.
+
+    Errors: UserError when there is none, and when it is another than the one that the stored model was trained with.
+    """
+    name, stored = params.tokenizer.name, params.model.name
+    if name is None:
+        return _tokenizer(stored or DEFAULT_TOKENIZER, "tokenizer.name" if stored is None else "model.name")
+    tokenizer = _tokenizer(name, "tokenizer.name")
+    if stored is None or not _has_tokenizer(Path(stored)):
+        return tokenizer
+    if tokenizer_fingerprint(_tokenizer(stored, "model.name")) != tokenizer_fingerprint(tokenizer):
         raise UserError(
-            f"tokenizer.name {name}: no tokenizer could be loaded ({reason}) Give a directory with a tokenizer.json, "
-            "or a hub id that can be reached."
+            f"tokenizer.name {name} is another tokenizer than the one that {stored} was trained with: leave it out."
+        )
+    return tokenizer
+
+
+def _tokenizer(place: str, field: str) -> PreTrainedTokenizerBase:
+    inner = Path(place) / "tokenizer"
+    try:
+        return AutoTokenizer.from_pretrained(inner if inner.is_dir() else place)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split(". ")[0].split()).rstrip(" :.")
+        raise UserError(
+            f"{field} {place}: no tokenizer could be loaded ({reason}). Name a directory with a tokenizer.json, or a "
+            "hub id that can be reached, with tokenizer.name."
         ) from error
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((place / "tokenizer.json").is_file() for place in (directory, directory / "tokenizer"))
 
 
 def build_model(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> NeoBERTForMaskedLM:
@@ -55,7 +76,7 @@ def build_model(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> Ne
     tokens, rows = len(tokenizer), model.config.vocab_size
     if tokens > rows:
         raise UserError(
-            f"the tokenizer {params.tokenizer.name} has {tokens} tokens and the model {rows}: raise "
+            f"the tokenizer {tokenizer.name_or_path} has {tokens} tokens and the model {rows}: raise "
             f"model.vocab_size to {-(-tokens // 64) * 64}, or take the model's own tokenizer."
         )
     if params.trainer.gradient_checkpointing:
@@ -66,6 +87,16 @@ def build_model(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> Ne
 def as_loaded(params: EncoderParams, model: NeoBERTForMaskedLM) -> EncoderParams:
     """The parameters with the architecture that the model has, which is its own where it was stored."""
     return replace(params, model=replace(params.model, **{name: getattr(model.config, name) for name in ARCHITECTURE}))
+
+
+def architecture_notice(params: EncoderParams, model: NeoBERTForMaskedLM) -> str | None:
+    """What a user who asked for another architecture than that of the stored model should know."""
+    default = EncoderParams().model
+    asked = {n: getattr(params.model, n) for n in ARCHITECTURE if n not in ("max_position_embeddings", "attn_backend")}
+    unread = [n for n, value in asked.items() if value not in (getattr(default, n), getattr(model.config, n))]
+    if not unread:
+        return None
+    return f"model.{', model.'.join(unread)} are not read: {params.model.name} brings its own architecture."
 
 
 def compile_blocks(model: NeoBERTForMaskedLM, params: EncoderParams) -> None:

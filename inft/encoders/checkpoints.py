@@ -6,6 +6,7 @@ process stands in the data, and what the run was told. Both appear whole or not 
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -31,7 +32,10 @@ MODELS = "model_checkpoints"  # below output_dir
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"  # what a checkpoint to go on from says of its run
 TOKENIZER_FILE = "tokenizer_info.json"
-REMEDY = "Free space there (or set trainer.save_total_limit), then resume: --trainer.resume_from_checkpoint latest."
+REMEDY = (
+    "Free space there (a new checkpoint is whole before an old one goes), then resume: "
+    "--trainer.resume_from_checkpoint latest."
+)
 
 # A resumed run may change these: they touch neither the weights nor the order of the data.
 HARMLESS = frozenset(
@@ -49,6 +53,7 @@ HARMLESS = frozenset(
         "trainer.save_total_limit",
         "trainer.num_threads",
         "trainer.gradient_checkpointing",
+        "dataset.max_bad_fraction",
         "dataset.num_workers",
         "dataset.pin_memory",
         "dataset.persistent_workers",
@@ -122,23 +127,22 @@ def store_model(
     params: EncoderParams,
     directory: Path,
     add: Callable[[Path], None],
-    *,
-    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write what inference needs: model.safetensors, config.json, config.yaml, tokenizer_info.json, tokenizer/.
 
-    `add` puts beside it what the task needs. `weights` take the place of the model's own, which FSDP shards.
+    `add` puts beside it what the task needs.
     """
     with staged(directory, what=f"the model of step {directory.name}", remedy=REMEDY) as staging:
-        model.save_pretrained(staging, state_dict=None if weights is None else dict(weights))
+        model.save_pretrained(staging)
         (staging / CONFIG_FILE).write_text(dump_encoder_yaml(params), encoding="utf-8")
         tokenizer.save_pretrained(staging / "tokenizer")
         info = {
-            "name": params.tokenizer.name,
+            "name": params.tokenizer.name or tokenizer.name_or_path,
             "class": type(tokenizer).__name__,
             "vocab_size": len(tokenizer),
             "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             "max_seq_length": params.dataset.max_seq_length,
+            "written": time.time(),
         }
         (staging / TOKENIZER_FILE).write_text(json.dumps(info, ensure_ascii=False, indent=1), encoding="utf-8")
         add(staging)
@@ -149,14 +153,13 @@ def remove_old(params: EncoderParams) -> None:
     limit = params.trainer.save_total_limit
     for kind in (STATES, MODELS) if limit is not None and is_main() else ():
         directory = Path(params.trainer.output_dir) / kind
-        by_time = checkpoints(directory, STEP) if kind == STATES else _by_step(directory)
-        for _, old in by_time[limit:]:
+        for old in _newest_first(directory)[limit:]:
             remove(old)
 
 
 def newest_model(run_dir: Path) -> Path | None:
-    """The directory of the highest step in a run's model_checkpoints; None where there is none."""
-    return next((path for _, path in _by_step(run_dir / MODELS)), None)
+    """The directory that was written last in a run's model_checkpoints; None where there is none."""
+    return next(iter(_newest_first(run_dir / MODELS)), None)
 
 
 def refuse_changes(checkpoint: Path, params: EncoderParams, data: Mapping[str, Any]) -> list[str]:
@@ -164,7 +167,7 @@ def refuse_changes(checkpoint: Path, params: EncoderParams, data: Mapping[str, A
     run = read_run(checkpoint)
     before = load_encoder_params(checkpoint / CONFIG_FILE)
     found = list(_changes(before, params, step=run["step"]))
-    refused = [f"{name}: {old!r} -> {new!r}" for name, old, new, harmless in found if not harmless]
+    refused = [f"{name}: {old!r} -> {new!r}{_why(name)}" for name, old, new, harmless in found if not harmless]
     refused += [f"data: {name}: {old!r} -> {new!r}" for name, old, new in _differences(run["data"], data)]
     if run["processes"] != process_count():
         refused.append(f"processes: {run['processes']} -> {process_count()}")
@@ -184,6 +187,13 @@ def _changes(before: EncoderParams, now: EncoderParams, *, step: int) -> Iterato
         if old[name] != new[name]:
             scheduled = name == "trainer.max_steps" or name.startswith("scheduler.")
             yield name, old[name], new[name], name in HARMLESS or (scheduled and _same_past(before, now, step))
+
+
+def _why(name: str) -> str:
+    """What a user who wants to train longer should know."""
+    if name != "trainer.max_steps":
+        return ""
+    return " (the learning rates so far would have been others: give scheduler.decay_steps from the start)"
 
 
 def _same_past(before: EncoderParams, now: EncoderParams, step: int) -> bool:
@@ -216,6 +226,20 @@ def _random_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def _by_step(directory: Path) -> list[tuple[int, Path]]:
+def _newest_first(directory: Path) -> list[Path]:
+    """The checkpoints of a directory by the time they were written.
+
+    A run that went back to an earlier checkpoint writes lower steps after higher ones.
+    """
+    if directory.name == STATES:
+        return [path for _, path in checkpoints(directory, STEP)]
     found = [path for path in directory.iterdir() if STEP.fullmatch(path.name)] if directory.is_dir() else []
-    return sorted(((int(path.name), path) for path in found), reverse=True)
+    return sorted(found, key=lambda path: (_written(path), int(path.name)), reverse=True)
+
+
+def _written(model_dir: Path) -> float:
+    """Seconds since 1970."""
+    try:
+        return float(json.loads((model_dir / TOKENIZER_FILE).read_text(encoding="utf-8"))["written"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return model_dir.stat().st_mtime

@@ -33,7 +33,7 @@ def continued_parameters(run_dir: Path) -> dict[str, Any]:
         "task": params.task,
         "seed": params.seed + 1,  # of masks and order: the first stage has seen those of its own
         "model.name": str(stored),
-        "tokenizer.name": str(stored),
+        "tokenizer.name": None,
         "dataset.max_seq_length": TOKENS,
         "dataset.pre_tokenize": False,
         "trainer.max_steps": STEPS,

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,25 +17,19 @@ from transformers import PreTrainedTokenizerBase
 
 from craft.pooling import PoolingStrategy
 from inft.encoders.contrastive.encode import TextEncoder, longest_text
-from inft.encoders.contrastive.export import (
-    LENGTHS,
-    MODULES,
-    POOLING,
-    POOLINGS,
-    PROMPTS,
-    EmbeddingSettings,
-)
+from inft.encoders.contrastive.export import POOLINGS, EmbeddingSettings
 from inft.encoders.contrastive.load import check_fit, load_encoder
 from inft.encoders.contrastive.tokenized import tokens_of
+from inft.encoders.outputs import check_output
+from inft.encoders.published import PublishedSettings, published_settings
 from inft.encoders.stored import load_tokenizer
-from inft.encoders.vectors import VectorWriter, open_vectors
+from inft.encoders.vectors import VectorWriter, check_ending, open_vectors
 from params.encoder_resolve import load_encoder_params
 from params.errors import UserError
 
 Prompt = Literal["query", "document"]
 BLOCK = 4096  # texts that are held and sorted by length together
 BATCH_TOKENS = 16_384  # of one pass
-KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +46,11 @@ class Embedder:
         """Numbers of a vector."""
         return int(self.encoder.model.config.hidden_size)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the stored settings were read."""
+        return self.settings.notes if isinstance(self.settings, PublishedSettings) else ()
+
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], *, prompt: Prompt = "document") -> np.ndarray:
         """Return float32 [B, D] in the order of the texts, which are cut at the longest allowed."""
@@ -59,6 +58,8 @@ class Embedder:
         prefix, longest = settings.document_prefix, settings.max_length
         if prompt == "query":
             prefix, longest = settings.query_prefix, settings.query_max_length or longest
+        if isinstance(settings, PublishedSettings) and settings.lower_case:
+            prefix, texts = prefix.lower(), [text.lower() for text in texts]
         tokens = tokens_of(texts, prefix, longest, self.tokenizer)
         vectors_BD = np.empty((len(texts), self.size), dtype=np.float32)
         for places in _by_tokens(tokens, self.batch_tokens):
@@ -81,7 +82,8 @@ def open_embedder(
     sentence-transformers can run.
     """
     encoder, tokenizer = load_encoder(model), load_tokenizer(model)
-    settings = stored_settings(Path(model), longest_text(encoder.config) or 512, pooling)
+    longest = min(longest_text(encoder.config) or 512, tokenizer.model_max_length)
+    settings = stored_settings(model, longest, pooling)
     if max_length is not None:
         settings = replace(settings, max_length=max_length, query_max_length=None)
     if normalize is not None:
@@ -97,21 +99,22 @@ def open_embedder(
     return Embedder(encoder=ready, tokenizer=tokenizer, settings=settings, batch_tokens=batch_tokens)
 
 
-def stored_settings(directory: Path, longest: int, pooling: PoolingStrategy | None = None) -> EmbeddingSettings:
+def stored_settings(model: str, longest: int, pooling: PoolingStrategy | None = None) -> EmbeddingSettings:
     """What a model was trained for: from a run's config.yaml, or from the files of sentence-transformers.
 
     Errors: UserError when neither says how to pool and `pooling` is not given.
     """
+    config = Path(model) / "config.yaml"
     found: EmbeddingSettings | None = None
-    if (directory / "config.yaml").is_file():
-        params = load_encoder_params(directory / "config.yaml")
+    if config.is_file():
+        params = load_encoder_params(config)
         found = EmbeddingSettings.of(params) if params.task == "contrastive" else None
-    elif (directory / MODULES).is_file():
-        found = _published_settings(directory, longest)
+    else:
+        found = published_settings(model, longest)
     if found is not None:
         return found if pooling is None else replace(found, pooling=pooling)
     if pooling is None:
-        raise UserError(f"{directory} does not say how to pool: add --pooling {'|'.join(get_args(PoolingStrategy))}.")
+        raise UserError(f"{model} does not say how to pool: add --pooling {'|'.join(POOLINGS)}.")
     return EmbeddingSettings(pooling=pooling, max_length=longest)
 
 
@@ -128,10 +131,13 @@ def embed_texts(
 
     A .txt file has a text a line, a .jsonl file one in `column` of each; ids are the column id or _id where the first
     row has one, else numbers from 0. Memory holds one block of texts; the file appears whole or not at all.
-    Errors: UserError that names the line of a text that is none, and for an output that exists.
+    Errors: UserError that names the line of a text that is none, before any is embedded, and for an output that exists.
     """
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists: give --overwrite to replace it, or another -o.")
+    check_ending(output)
+    check_output(output, overwrite=overwrite)
+    if isinstance(texts, Path):
+        for _ in read_texts(texts, column):  # a bad last line is to be told before the first is embedded
+            pass
     rows = read_texts(texts, column) if isinstance(texts, Path) else enumerate(texts)
     written = 0
     with ExitStack() as stack:
@@ -147,28 +153,45 @@ def embed_texts(
 
 
 def read_texts(file: Path, column: str = "text") -> Iterator[tuple[int | str, str]]:
-    """Yield (id, text) of each line of a .txt or .jsonl file; UserError names a line that has none."""
+    """Yield (id, text) of each line of a .txt or .jsonl file; empty lines may stand at its end.
+
+    Errors: UserError that names a line without a text.
+    """
+    name: str | None = None
+    for number, text in _lines(file):
+        where = f"{file} line {number + 1}"
+        if file.suffix == ".txt":
+            yield number, text
+            continue
+        values = _values(text, column, where)
+        if number == 0:
+            name = next((key for key in ("id", "_id") if key in values), None)
+        yield _identity(values, name, number, where), values[column]
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(number from 0, text) of each line up to the last that is not empty."""
     if file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{file}: give a .txt file with a text a line, or .jsonl with one in a column.")
     if not file.is_file():
         raise UserError(f"{file}: there is no such file.")
-    name: str | None = None
+    empty: int | None = None  # number of the first empty line
     with file.open("rb") as lines:
         for number, line in enumerate(lines):
-            where = f"{file} line {number + 1}"
             try:
                 text = line.decode("utf-8-sig" if number == 0 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 ({error.reason}): save the file as UTF-8.") from error
+                raise UserError(
+                    f"{file} line {number + 1}: not UTF-8 ({error.reason}): save the file as UTF-8."
+                ) from error
             if not text.strip():
-                raise UserError(f"{where} is empty: drop it, so that line and vector keep the same number.")
-            if file.suffix == ".txt":
-                yield number, text
+                empty = number if empty is None else empty
                 continue
-            values = _values(text, column, where)
-            if number == 0:
-                name = next((key for key in ("id", "_id") if key in values), None)
-            yield _identity(values, name, number, where), values[column]
+            if empty is not None:
+                raise UserError(
+                    f"{file} line {empty + 1} is empty: drop it, so that line and vector keep the same number."
+                )
+            yield number, text
 
 
 def _values(line: str, column: str, where: str) -> dict[str, Any]:
@@ -201,39 +224,3 @@ def _by_tokens(tokens: Sequence[np.ndarray], budget: int) -> Iterator[list[int]]
         batch.append(place)
     if batch:
         yield batch
-
-
-def _published_settings(directory: Path, longest: int) -> EmbeddingSettings:
-    modules = [str(module["type"]).rsplit(".", 1)[-1] for module in _json(directory / MODULES)]
-    if unknown := [name for name in modules if name not in KNOWN_MODULES]:
-        raise UserError(f"{directory} has {', '.join(unknown)}, which only sentence-transformers runs: embed there.")
-    prompts = _json(directory / PROMPTS).get("prompts", {}) if (directory / PROMPTS).is_file() else {}
-    limit = _json(directory / LENGTHS).get("max_seq_length") if (directory / LENGTHS).is_file() else None
-    return EmbeddingSettings(
-        pooling=_published_pooling(_json(directory / POOLING / "config.json"), directory),
-        max_length=limit or longest,
-        query_prefix=prompts.get("query", ""),
-        document_prefix=prompts.get("document", ""),
-        normalize="Normalize" in modules,
-    )
-
-
-def _published_pooling(config: dict[str, Any], directory: Path) -> PoolingStrategy:
-    mode = config.get("pooling_mode")
-    modes = [mode] if isinstance(mode, str) else mode
-    if modes is None:
-        modes = [
-            key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on
-        ]
-    ours = {name.removesuffix("_tokens").removesuffix("_token"): pooling for pooling, name in POOLINGS.items()}
-    found = [name.removesuffix("_tokens").removesuffix("_token") for name in modes]
-    if len(found) != 1 or found[0] not in ours or not config.get("include_prompt", True):
-        raise UserError(f"{directory} pools by {', '.join(modes)}, which only sentence-transformers does: embed there.")
-    return ours[found[0]]
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}. Copy the model again.") from error

@@ -42,10 +42,16 @@ def masked_token_guards(
 
 def words_are_known(batch: FlatBatch, unk_token_id: int | None) -> GuardResult:
     """The tokenizer knows the script: most tokens are not the unknown one."""
-    if unk_token_id is None:
-        return GuardResult(name="known words", ok=True, detail="the tokenizer has no unknown token.")
     real_T = torch.where(batch.labels_T == IGNORED, batch.input_ids_T, batch.labels_T)[: batch.tokens]
-    share = float((real_T == unk_token_id).sum()) / max(batch.tokens, 1)
+    unknown = None if unk_token_id is None else int((real_T == unk_token_id).sum())
+    return tokens_are_known(unknown, batch.tokens)
+
+
+def tokens_are_known(unknown: int | None, tokens: int) -> GuardResult:
+    """Most tokens are not the unknown one; None where the tokenizer has none."""
+    if unknown is None:
+        return GuardResult(name="known words", ok=True, detail="the tokenizer has no unknown token.")
+    share = unknown / max(tokens, 1)
     detail = f"{share:.1%} of the tokens are unknown to the tokenizer."
     if share > MANY_UNKNOWN:
         detail += " Nothing can be learned of those: set tokenizer.name to one that was made for these languages."
@@ -87,6 +93,18 @@ def documents_are_apart(model: nn.Module, batch: FlatBatch) -> GuardResult:
     )
 
 
+def rows_are_contrasted(contrasted: int, rows: int) -> GuardResult:
+    """Some row of the first batch has a negative: the loss of the others is 0, and so is its gradient."""
+    name = "contrasted rows"
+    if contrasted:
+        return GuardResult(name=name, ok=True, detail=f"{contrasted:,} of {rows:,} rows have a negative.")
+    return GuardResult(
+        name=name,
+        ok=False,
+        detail="no row of the first batch has a negative: raise trainer.per_device_train_batch_size, add rows or neg.",
+    )
+
+
 def weights_get_gradients(model: nn.Module, batch: B, loss: Callable[[nn.Module, B], Loss]) -> GuardResult:
     """Every trained weight gets a finite gradient that is not zero; random states and mode stay."""
     with _left_untouched(model):
@@ -99,7 +117,9 @@ def weights_get_gradients(model: nn.Module, batch: B, loss: Callable[[nn.Module,
         weight.grad = None
     if without or infinite:
         what = f"no gradient reaches {without[0]}" if without else f"the gradient of {infinite[0]} is not finite"
-        return GuardResult(name="gradients", ok=False, detail=f"{what}. Set trainer.mixed_precision: no to see why.")
+        half = torch.is_autocast_enabled(next(model.parameters()).device.type)
+        remedy = "Set trainer.mixed_precision: no to see why." if half else "Look at the model's stored weights."
+        return GuardResult(name="gradients", ok=False, detail=f"{what}. {remedy}")
     count = sum(weight.numel() for _, weight in named)
     return GuardResult(name="gradients", ok=True, detail=f"all {len(named)} weights ({count:,} numbers) get one.")
 

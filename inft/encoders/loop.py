@@ -6,8 +6,9 @@ weights, clipping, bad steps, figures and files.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inft.encoders.checkpoints import (
     MODELS,
+    STATES,
     Position,
     data_place,
     load_state,
@@ -30,12 +32,13 @@ from inft.encoders.checkpoints import (
     save_state,
     store_model,
 )
+from inft.encoders.data.reader import killed_readers_told
 from inft.encoders.optimizer import make_optimizers
 from inft.encoders.report import Report
 from inft.encoders.schedule import make_schedule, set_learning_rate
 from inft.training.callbacks import GracefulStop
 from inft.training.guards import GuardResult
-from inft.training.processes import any_of, on_main, process_count, rank, together
+from inft.training.processes import any_of, gather, on_main, process_count, rank, together
 from params.encoder import EncoderParams
 from params.errors import UserError
 
@@ -86,9 +89,6 @@ class Task(Protocol[B]):
     def go_on(self, directory: Path) -> None:
         """Go on from a position that was saved."""
 
-    def after_step(self, model: nn.Module) -> None:
-        """What is to be done after an optimizer step."""
-
     def guards(self, model: nn.Module, batch: B) -> Iterator[GuardResult]:
         """What is checked of the plain model and the first batch before the first step."""
 
@@ -98,6 +98,14 @@ class Task(Protocol[B]):
     @property
     def epoch(self) -> float:
         """Passes over the data so far."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Documents that this process has read, and what became of them."""
+
+    @property
+    def bad_rows(self) -> Sequence[str]:
+        """The first rows that this process could not read, with file, row and reason."""
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -134,9 +142,12 @@ class Loop:
         trainer = params.trainer
         AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if trainer.mixed_precision == "bf16" else "no", cpu=not torch.cuda.is_available()
+            mixed_precision="bf16" if trainer.mixed_precision == "bf16" else "no",
+            cpu=not torch.cuda.is_available(),
+            # Said here, so that no variable of a launcher divides the gradients or compiles the model.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
         )
-        _refuse_sharding(self.accelerator)
         self.plain = model
         optimizers = make_optimizers(model, params.optimizer)
         self.model, *prepared = self.accelerator.prepare(model, *optimizers)
@@ -157,6 +168,8 @@ class Loop:
         self.window = Window.restored(run["windows"][rank()])
         self.bad_steps = self.window.bad_steps
         self.task.go_on(data_place(checkpoint))
+        if not (Path(self.params.trainer.output_dir) / MODELS / str(self.step)).is_dir():
+            self._store()  # the run was killed between the two kinds of checkpoint
 
     def run(self) -> Outcome:
         """Train until max_steps or until somebody asks to stop; the last step is always saved."""
@@ -167,18 +180,44 @@ class Loop:
         if self.step == 0:
             self._evaluate()
         while self.step < trainer.max_steps:
-            self._train_step()
-            stopping = any_of(self.stop.requested)
-            last = self.step >= trainer.max_steps
-            if self.step % trainer.logging_steps == 0 or last:
-                self._log()
-            if self.step % trainer.eval_steps == 0 or last:
-                self._evaluate()
-            if self.step % trainer.save_steps == 0 or last or stopping:
-                self._save()
-            if stopping and not last:
+            place = self.task.position()
+            with killed_readers_told():  # which may be in the middle of a step: then nothing is rescued
+                try:
+                    self._train_step()
+                    place = self.task.position()
+                    stopping = self._after_step()
+                except UserError:
+                    self._rescue(place)
+                    raise
+            if stopping and self.step < trainer.max_steps:
                 return self._outcome("interrupted")
         return self._outcome("finished")
+
+    def _after_step(self) -> bool:
+        """Log, evaluate and save where that is due; whether somebody asked to stop."""
+        trainer = self.params.trainer
+        stopping = any_of(self.stop.requested)
+        last = self.step >= trainer.max_steps
+        if self.step % trainer.logging_steps == 0 or last:
+            self._log(last=last or stopping)
+        if self.step % trainer.eval_steps == 0 or last:
+            self._evaluate()
+        if self.step % trainer.save_steps == 0 or last or stopping:
+            self._save()
+        return stopping
+
+    def _rescue(self, place: Position) -> None:
+        """Save the last whole step before a mistake in the data, or a full disk of logs, ends the run.
+
+        Not after steps without a finite loss, and not in several processes, where the others may be elsewhere.
+        """
+        final = Path(self.params.trainer.output_dir) / STATES / str(self.step)
+        if process_count() > 1 or self.bad_steps or self.step == 0 or final.exists():
+            return
+        with suppress(UserError):
+            self._save_state(place)
+            self._store()
+            self.report.tell(f"step {self.step} was saved before the run ended.")
 
     def _guard(self) -> None:
         """Report every check of the first batch, which is trained on next, and raise one UserError if any failed."""
@@ -214,16 +253,15 @@ class Loop:
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
         total = sum(float(loss.sum.detach()) for loss in losses)
         finite = not any_of(not (math.isfinite(total) and math.isfinite(float(norm))))
-        if finite:
+        if finite and weight:
             set_learning_rate(self.optimizers, self.params.optimizer.lr * self.rate(self.step + 1))
             for optimizer in self.optimizers:
                 optimizer.step()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.task.after_step(self.plain)
         self.step += 1
         self.report.stepped(self.step)
-        self._judge(finite, total, float(norm))
+        self._judge(finite, total / max(sum(b.weight for b in batches), 1), float(norm))
         self.window.add(losses, sum(b.weight for b in batches), tokens, float(norm), counted=finite)
 
     def _backward(self, batch: Batch, weight: float, *, last: bool) -> Loss:
@@ -251,11 +289,15 @@ class Loop:
                 "trainer.mixed_precision: no. Checkpoints are kept."
             )
 
-    def _log(self) -> None:
+    def _log(self, *, last: bool) -> None:
         figures = self.window.figures(self.accelerator)
         self.last_loss = figures["loss"]
         rate = self.params.optimizer.lr * self.rate(self.step)
-        self.report.log(self.step, self.task.epoch, {**figures, "learning_rate": rate})
+        counts: Counter[str] = Counter()
+        for own in gather(dict(self.task.counts)):
+            counts.update(own)
+        self.report.unreadable(self.task.bad_rows)
+        self.report.log(self.step, self.task.epoch, {**figures, "learning_rate": rate}, counts, last=last)
         tokens_seen = self.window.tokens_seen
         self.window = Window(tokens_seen=tokens_seen, bad_steps=self.bad_steps)
 
@@ -275,39 +317,23 @@ class Loop:
     def _save(self) -> None:
         """Both kinds of checkpoint, then the oldest ones go."""
         began = time.perf_counter()
-        path = save_state(
-            self.accelerator,
-            self.params,
-            self.task.position(),
-            step=self.step,
-            data=self.task.description,
-            window=self.window.saved(),
-        )
+        path = self._save_state(self.task.position())
         self._store()
         remove_old(self.params)
         self.report.saved(self.step, path)
         self.window.pause(time.perf_counter() - began)
 
+    def _save_state(self, place: Position) -> Path:
+        window, data = self.window.saved(), self.task.description
+        return save_state(self.accelerator, self.params, place, step=self.step, data=data, window=window)
+
     def _store(self) -> None:
         directory = Path(self.params.trainer.output_dir) / MODELS / str(self.step)
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        weights = self.accelerator.get_state_dict(self.model) if sharded else None  # in all processes together
-
-        def store() -> None:
-            add = partial(self.task.add_files, self.plain)
-            store_model(self.plain, self.tokenizer, self.params, directory, add, weights=weights)
-
-        on_main(store)
+        add = partial(self.task.add_files, self.plain)
+        on_main(lambda: store_model(self.plain, self.tokenizer, self.params, directory, add))
 
     def _outcome(self, status: Status) -> Outcome:
         return Outcome(status=status, step=self.step, loss=self.last_loss, figures=self.figures)
-
-
-def _refuse_sharding(accelerator: Accelerator) -> None:
-    """DeepSpeed and FSDP1 hold weights in forms of their own, which no checkpoint of ours knows."""
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
-        raise UserError(f"encoders do not train under {kind.value}: launch with torchrun, or with FSDP2.")
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """Pretraining of a text encoder by masked tokens: what a run of this task is made of, and its figures."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inft.encoders.build import as_loaded, build_model, compile_blocks, load_tokenizer
+from inft.encoders.build import architecture_notice, as_loaded, build_model, compile_blocks, load_tokenizer
 from inft.encoders.data.batches import EvaluationBatches, FlatBatch, LoaderState, PretrainingBatches
 from inft.encoders.data.documents import TextData, open_data
 from inft.encoders.data.flat import rounded_up
@@ -18,12 +18,13 @@ from inft.encoders.data.preprocess import use_tokenised
 from inft.encoders.data.tokenised import tokenizer_fingerprint
 from inft.encoders.guards import masked_token_guards
 from inft.encoders.loop import Loss
-from inft.encoders.lowprecision.convert import after_step, convert_linears, token_multiple
+from inft.encoders.lowprecision.convert import check_low_precision, convert_linears, token_multiple
 from inft.encoders.objective import masked_lm_loss, masked_token_losses
 from inft.encoders.run import EncoderResult, Parts, run_encoder
 from inft.training.guards import GuardResult
 from inft.training.processes import gather, process_count, rank
 from params.encoder import EncoderParams
+from params.errors import UserError
 
 
 def pretrain(
@@ -43,8 +44,14 @@ def pretrain(
 
 def build(params: EncoderParams, console: Console) -> Parts:
     """Tokenizer, data and model of a pretraining run."""
+    check_low_precision(params)
     tokenizer = load_tokenizer(params)
     model = build_model(params, tokenizer)
+    if params.dataset.pre_tokenized_dir and not params.dataset.pre_tokenize:
+        say = "dataset.pre_tokenized_dir is not read without dataset.pre_tokenize: true; dataset.path reads it."
+        console.print(say, highlight=False, markup=False, soft_wrap=True)
+    if notice := architecture_notice(params, model):
+        console.print(notice, highlight=False, markup=False, soft_wrap=True)
     params = use_tokenised(as_loaded(params, model), tokenizer, console)
     data = open_data(params, tokenizer)
     console.print(data.describe(), highlight=False, markup=False, soft_wrap=True)
@@ -73,6 +80,16 @@ class MaskedTokens:
     def epoch(self) -> float:
         """Passes over the data so far."""
         return self.batches.epoch
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Documents that were read, split, dropped, empty and unreadable."""
+        return self.batches.counts.asdict()
+
+    @property
+    def bad_rows(self) -> Sequence[str]:
+        """The first rows that could not be read."""
+        return self.batches.bad_rows
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -106,10 +123,6 @@ class MaskedTokens:
         """Tokens are masked, documents are apart, weights get gradients."""
         return masked_token_guards(model, batch, self.loss, self.params, self.tokenizer.unk_token_id)
 
-    def after_step(self, model: nn.Module) -> None:
-        """Scales of low precision that are made once a step."""
-        after_step(model, self.params)
-
     def add_files(self, model: PreTrainedModel, directory: Path) -> None:
         """Nothing."""
 
@@ -123,7 +136,10 @@ class MaskedTokens:
             losses_M, correct_M = masked_token_losses(model, batch.to(device))
             for language, (loss, correct, count) in _by_language(batch, losses_M, correct_M).items():
                 sums[language] = [a + b for a, b in zip(sums[language], (loss, correct, count), strict=True)]
-        return _figures(gather(dict(sums)))
+        figures = _figures(gather(dict(sums)))
+        if not figures["tokens"]:
+            raise UserError(f"{self.data.location}: the evaluation has no token to predict. Give it longer documents.")
+        return figures
 
     def _batches(self, state: LoaderState | None) -> PretrainingBatches:
         return PretrainingBatches(self.data, self.tokenizer, self.params, state=state, **_process())

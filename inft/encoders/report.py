@@ -1,6 +1,6 @@
 """How an encoder's run shows itself: events in its JSON-lines log, a bar or lines on the console."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
+from inft.encoders.data.counts import Counts
 from inft.training.guards import GuardResult
 from inft.training.progress import ProgressReport
 from inft.training.runlog import JsonlLogger
@@ -22,6 +23,8 @@ class Report:
         self._progress = ProgressReport(console)
         self._state = TrainerState()
         self._control = TrainerControl()
+        self._unreadable: set[str] = set()  # rows that have been told
+        self._counted = False  # what became of the documents has been told
 
     def __enter__(self) -> "Report":
         return self
@@ -44,10 +47,22 @@ class Report:
         self._state.global_step = step
         self._progress.on_step_end(None, self._state, self._control)
 
-    def log(self, step: int, epoch: float, figures: Mapping[str, Any]) -> None:
-        """The means since the last log."""
-        self.log_file.event("log", step=step, epoch=epoch, **figures)
+    def log(
+        self, step: int, epoch: float, figures: Mapping[str, Any], counts: Mapping[str, int], *, last: bool
+    ) -> None:
+        """The means since the last log; what became of the documents is told at the first log and at the last."""
+        self.log_file.event("log", step=step, epoch=epoch, **figures, **({"documents": counts} if counts else {}))
+        if counts and (last or not self._counted):
+            self.tell(Counts(**counts).words())
+        self._counted = True
         self._progress.on_log(None, self._state, self._control, logs=dict(figures))
+
+    def unreadable(self, rows: Sequence[str]) -> None:
+        """Rows that were skipped, each told once."""
+        for row in rows:
+            if row not in self._unreadable:
+                self._unreadable.add(row)
+                self.tell(f"skipped: {row}")
 
     def evaluated(self, step: int, epoch: float, figures: Mapping[str, Any]) -> None:
         """The figures of the held-out data."""

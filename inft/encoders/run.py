@@ -1,11 +1,12 @@
 """One run of an encoder, of either task: directory → data and tokenizer → model → low precision → compile → loop."""
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from inft.encoders.checkpoints import CONFIG_FILE, MODELS, STATES, STEP, read_run, refuse_changes
+from inft.encoders.checkpoints import CONFIG_FILE, MODELS, STATES, STEP, newest_model, read_run, refuse_changes
 from inft.encoders.loop import Loop, Outcome, Task
 from inft.encoders.report import Report
 from inft.training.callbacks import GracefulStop, sigterm_interrupts
@@ -24,7 +25,7 @@ from inft.training.processes import is_main, joined, launch_command, lost_proces
 from inft.training.quiet import quiet_libraries
 from inft.training.resume import checkpoints, find_checkpoint
 from inft.training.runlog import JsonlLogger
-from inft.training.storage import PREVIOUS, STAGING, locked, remove, remove_leftovers, write_text
+from inft.training.storage import PREVIOUS, STAGING, disk_trouble, locked, remove, remove_leftovers, write_text
 from params.encoder import EncoderParams
 from params.encoder_resolve import dump_encoder_yaml
 from params.errors import UserError
@@ -66,6 +67,7 @@ def run_encoder(
     """
     console = (console or Console()) if is_main() else Console(quiet=True)
     began = time.perf_counter()
+    _refuse_sharding()
     with ExitStack() as stack:
         stack.enter_context(joined())
         stack.enter_context(sigterm_interrupts())
@@ -74,9 +76,11 @@ def run_encoder(
         checkpoint = on_main(lambda: _starting_point(params, console))
         _prepare_process(params, console)
         file = Path(params.trainer.logs_dir) / f"{PREFIX}{params.trainer.run_name}.jsonl"
-        log = stack.enter_context(together(lambda: JsonlLogger(file if is_main() else None)))
+        log = stack.enter_context(
+            together(lambda: JsonlLogger(file if is_main() else None, setting="trainer.logs_dir"))
+        )
         stack.enter_context(_errors_told(log))
-        parts = together(lambda: build(params, console))
+        parts = together(lambda: build(_own_weights(params, checkpoint), console))
         draw_apart(params.seed)
         step = read_run(checkpoint)["step"] if checkpoint else None
         if checkpoint:
@@ -84,7 +88,7 @@ def run_encoder(
             for note in notes:
                 _say(console, f"changed since the checkpoint: {note}")
         log.event("run_start", **_run_start(params, parts, step))
-        on_main(lambda: write_text(output / CONFIG_FILE, dump_encoder_yaml(params)))
+        on_main(lambda: _write_config(output, params))
         report = stack.enter_context(Report(log, console))
         with GracefulStop(tell=console.print) as stop:
             loop = Loop(params, parts.task, parts.model, parts.tokenizer, report, stop)
@@ -107,7 +111,7 @@ def _claim(output: Path, params: EncoderParams, *, overwrite: bool, held: ExitSt
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"trainer.output_dir {output} cannot be used: {error.strerror}. Choose another.") from error
-    held.enter_context(locked(output))
+    held.enter_context(locked(output, setting="trainer.output_dir"))
     remove_leftovers(output)
     for kind in (STATES, MODELS):
         if (output / kind).is_dir():
@@ -128,6 +132,35 @@ def _claim(output: Path, params: EncoderParams, *, overwrite: bool, held: ExitSt
             f"{output} holds another run. Go on with it by --trainer.resume_from_checkpoint latest, replace it by "
             "--overwrite, or choose another --trainer.output_dir."
         )
+
+
+def _write_config(output: Path, params: EncoderParams) -> None:
+    try:
+        write_text(output / CONFIG_FILE, dump_encoder_yaml(params))
+    except OSError as error:
+        reason = disk_trouble(error) or error.strerror
+        raise UserError(f"{CONFIG_FILE} cannot be written to trainer.output_dir {output}: {reason}.") from error
+
+
+def _own_weights(params: EncoderParams, checkpoint: Path | None) -> EncoderParams:
+    """The parameters of a resumed run that began with stored weights: its own model tells the architecture.
+
+    Those weights may be gone by now, and the checkpoint replaces them anyway.
+    """
+    own = newest_model(Path(params.trainer.output_dir))
+    if checkpoint is None or params.model.name is None or own is None:
+        return params
+    return replace(params, model=replace(params.model, name=str(own)))
+
+
+def _refuse_sharding() -> None:
+    """FSDP and DeepSpeed keep weights in pieces that neither the guards nor the stored model know."""
+    for name, title in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"encoders do not train under {title}: each process holds the whole model, which is small. Start one "
+                "process per GPU with torchrun, or with accelerate launch --multi_gpu."
+            )
 
 
 def _starting_point(params: EncoderParams, console: Console) -> Path | None:

@@ -1,5 +1,6 @@
 """Stored encoders: what a run or an export wrote, a published NeoBERT, or any other encoder of transformers."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,36 @@ from inft.models.neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTForSeq
 from inft.models.neobert_import import load_published
 from params.errors import UserError
 
+# One of these tells what a tokenizer is; the vocabularies are those of tokenizers before tokenizer.json.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 TOKENIZER = "tokenizer"  # directory of the tokenizer beside the weights, where it is not among them
+
+
+def find_model(place: str) -> str:
+    """Return the newest stored model of a run's directory; any other place is itself.
+
+    Errors: UserError for a run that has stored none yet.
+    """
+    from inft.encoders.checkpoints import MODELS, STATES, newest_model
+
+    run = Path(place).expanduser()
+    if (run / "config.json").is_file() or not any((run / kind).is_dir() for kind in (MODELS, STATES)):
+        return place
+    newest = newest_model(run)
+    if newest is None:
+        raise UserError(f"{place} is a run that has stored no model yet: {run / MODELS} is empty. Train it further.")
+    return str(newest)
 
 
 def load_tokenizer(place: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a stored encoder or a hub id; UserError when it cannot be loaded."""
     below = Path(place) / TOKENIZER
     source = str(below) if below.is_dir() else place
+    if Path(source).is_dir() and not any((Path(source) / file).is_file() for file in TOKENIZER_FILES):
+        raise UserError(
+            f"{place} has no tokenizer: neither it nor {below} holds {' or '.join(TOKENIZER_FILES)}. Copy the "
+            "tokenizer's files there, or give a directory in which a run stored its model."
+        )
     tokenizer = _load(AutoTokenizer.from_pretrained, source, "tokenizer", place)
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {place} must be a fast one with a padding token.")
@@ -32,8 +56,21 @@ def load_tokenizer(place: str) -> PreTrainedTokenizerBase:
 
 
 def load_masked_lm(place: str) -> NeoBERTForMaskedLM:
-    """The NeoBERT with its head, in float32 and in eval mode; UserError for another architecture."""
-    return load_published(place).float().eval()
+    """The NeoBERT with its head, in float32 and in eval mode.
+
+    Errors: UserError for another architecture, and for an encoder whose head was not stored with it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a missing head is an error below
+        model = load_published(place)
+    stored, _ = _load(PreTrainedConfig.get_config_dict, place, "configuration", place)
+    named = any("LM" in name for name in stored.get("architectures") or ())  # NeoBERTForMaskedLM, NeoBERTLMHead
+    if model.config.tie_word_embeddings and not (named and stored.get("tie_word_embeddings")):
+        raise UserError(
+            f"{place} holds an encoder without a masked-LM head, as contrastive fine-tuning stores it: what it would "
+            "predict by its embedding alone means nothing. Give a pretrained model."
+        )
+    return model.float().eval()
 
 
 def load_classifier(place: str, *, num_labels: int, regression: bool) -> PreTrainedModel:
@@ -83,7 +120,7 @@ def _load(load: Callable[..., Any], source: str, what: str, place: str, **how: A
     except UserError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{place}: the {what} cannot be loaded: {reason}") from error
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from inft.encoders.outputs import check_output
 from inft.training.storage import STAGING, disk_trouble
 from params.errors import UserError
 
@@ -40,6 +41,7 @@ def check_ending(output: Path) -> None:
 def open_vectors(output: Path, size: int) -> Iterator[VectorWriter]:
     """Yield a writer into a draft that takes the place of `output` when the block ends well, and goes when it fails."""
     check_ending(output)
+    check_output(output, overwrite=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f"{STAGING}{output.name}")
     try:

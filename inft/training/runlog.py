@@ -41,7 +41,8 @@ class JsonlLogger:
     cannot be written.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
+    def __init__(self, path: str | Path | None, *, setting: str = "basic.logs_dir") -> None:
+        self.setting = setting  # what names the directory, for messages
         self.path = None if path is None else Path(path)
         self.run = uuid.uuid4().hex[:8]  # tells runs apart that write to one file at the same time
         if self.path is None:
@@ -76,7 +77,7 @@ class JsonlLogger:
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
             f"the log {self.path} cannot be written: {error.strerror}. "
-            "Free space there or choose another basic.logs_dir."
+            f"Free space there or choose another {self.setting}."
         )
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,7 +30,7 @@ _DISK_ERRNOS = {
 
 
 @contextmanager
-def locked(directory: Path, *, doing: str = "training into") -> Iterator[None]:
+def locked(directory: Path, *, doing: str = "training into", setting: str = "--output-dir") -> Iterator[None]:
     """Hold a directory for this process; UserError when another one does. The lock ends with the process."""
     handle = os.open(directory, os.O_RDONLY)
     with ExitStack() as stack:
@@ -39,7 +39,7 @@ def locked(directory: Path, *, doing: str = "training into") -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"another process is {doing} {directory}. Wait for it, stop it, or choose another --output-dir."
+                f"another process is {doing} {directory}. Wait for it, stop it, or choose another {setting}."
             ) from error
         held = True
         # Workers inherit the handle and outlive a killed run by seconds: they must not hold the directory on.
@@ -119,7 +119,8 @@ def write_text(path: Path, text: str) -> None:
         _sync(draft)
         draft.replace(path)
     except BaseException:  # Ctrl-C, too, must leave no draft
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise
 
 

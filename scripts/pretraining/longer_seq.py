@@ -12,5 +12,7 @@ from inft.__main__ import main
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    named = bool(arguments) and not arguments[0].startswith("-")
+    if not arguments:
+        sys.exit("error: name the run to go on from: longer_seq.py RUN_DIR [--section.key value …]")
+    named = not arguments[0].startswith("-")
     main(["pretrain", "neobert", *(["--continue-from"] if named else []), *arguments])

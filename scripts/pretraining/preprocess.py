@@ -8,4 +8,4 @@ import sys
 from inft.__main__ import main
 
 if __name__ == "__main__":
-    main(["preprocess", *sys.argv[1:], "--task", "pretraining"])
+    main(["preprocess", "--task", "pretraining", *sys.argv[1:]])

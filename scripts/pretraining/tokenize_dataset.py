@@ -21,6 +21,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="hub id or directory of a fast tokenizer with a mask token")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a document; longer ones are split")
     parser.add_argument("--text-column", default="text", help="of the rows")
+    parser.add_argument("--language-column", help="of the rows: evaluation is then shown per language")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="of rows that cannot be read; 0: none may")
     parser.add_argument("--long-documents", choices=("split", "drop"), default="split", help="what becomes of them")
     parser.add_argument("--num-workers", type=int, default=0, help="processes")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -29,9 +31,14 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     told = options()
+    from inft.__main__ import quiet_libraries
+
+    quiet_libraries()
     from inft.cli.console import make_console
     from inft.encoders.data.preprocess import tokenize_dataset
 
+    if told.output.exists() and not told.output.is_dir():
+        raise UserError(f"{told.output} is a file: name a directory.")
     if told.output.exists() and any(told.output.iterdir()) and not told.overwrite:
         raise UserError(f"{told.output} exists: give --overwrite to replace it, or another --output.")
     tokenize_dataset(
@@ -41,6 +48,8 @@ def main() -> None:
         max_length=told.max_length,
         config=told.config,
         text_column=told.text_column,
+        language_column=told.language_column,
+        max_bad_fraction=told.max_bad_fraction,
         long_documents=told.long_documents,
         num_workers=told.num_workers,
         console=make_console(),

@@ -17,8 +17,10 @@ def info_nce_by_loops(
     excluded_negatives: Tensor | None = None,
     negative_weight: float = 1.0,
     all_anchors: Tensor | None = None,
+    excluded_back: Tensor | None = None,
 ) -> Tensor:
     """The loss of each anchor; the positive of anchor i is column offset + i."""
+    excluded_back = excluded if excluded_back is None else excluded_back
     losses = []
     for i in range(len(anchors)):
         own = offset + i
@@ -36,7 +38,7 @@ def info_nce_by_loops(
             exponentials = [
                 torch.exp(positives[own] @ all_anchors[j] / temperature)
                 for j in range(len(all_anchors))
-                if j == own or excluded is None or not excluded[i, j]
+                if j == own or excluded_back is None or not excluded_back[i, j]
             ]
             back = torch.log(torch.stack(exponentials).sum()) - positives[own] @ all_anchors[own] / temperature
             loss = (loss + back) / 2

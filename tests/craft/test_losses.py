@@ -32,6 +32,7 @@ def units(rows: int, generator: torch.Generator, size: int = 5) -> Tensor:
     weight=st.sampled_from([1.0, 0.2, 7.0]),
     share_excluded=st.sampled_from([None, 0.0, 0.4, 1.0]),
     symmetric=st.booleans(),
+    own_way_back=st.booleans(),
     temperature=st.sampled_from([0.005, 0.05, 1.0]),
     block=st.sampled_from([1, 3, 1000]),
     seed=st.integers(0, 99),
@@ -45,6 +46,7 @@ def test_info_nce_equals_the_loops_in_value_and_every_gradient(
     weight: float,
     share_excluded: float | None,
     symmetric: bool,
+    own_way_back: bool,
     temperature: float,
     block: int,
     seed: int,
@@ -58,6 +60,7 @@ def test_info_nce_equals_the_loops_in_value_and_every_gradient(
         return None if share_excluded is None else torch.rand(rows, width, generator=generator) < share_excluded
 
     masks = [excluded(width) for width in (columns, queued, hard)]
+    masks.append(excluded(columns) if symmetric and own_way_back else None)
 
     def run(fast: bool) -> tuple[Tensor, list[Tensor]]:
         leaves = [x.clone().requires_grad_() for x in (all_anchors, positives, negatives)]
@@ -69,13 +72,13 @@ def test_info_nce_equals_the_loops_in_value_and_every_gradient(
             losses = info_nce(
                 anchors, leaves[1], temperature=tau, offset=before, excluded_BM=masks[0], queue_KD=queue,
                 excluded_BK=masks[1], negatives_ND=leaves[2], excluded_BN=masks[2], negative_weight=weight,
-                all_anchors_MD=back,
+                all_anchors_MD=back, excluded_back_BM=masks[3],
             ).losses_B  # fmt: skip
         else:
             losses = info_nce_by_loops(
                 anchors, leaves[1], temperature=tau, offset=before, excluded=masks[0], queue=queue,
                 excluded_queue=masks[1], negatives=leaves[2], excluded_negatives=masks[2], negative_weight=weight,
-                all_anchors=back,
+                all_anchors=back, excluded_back=masks[3],
             )  # fmt: skip
         weights = torch.arange(1, rows + 1, dtype=torch.float64)
         inputs = [*leaves, log_temperature]

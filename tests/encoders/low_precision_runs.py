@@ -11,6 +11,7 @@ from params.lowprecision import Quartet2Params, TorchAOParams, TransformerEngine
 
 SECTIONS = {"torchao": TorchAOParams, "transformer_engine": TransformerEngineParams, "quartet2": Quartet2Params}
 COMPILED = EncoderTrainerParams(torch_compile=True)
+NOT_COMPILED = EncoderTrainerParams(torch_compile=False)
 
 
 def with_section(name: str, trainer: EncoderTrainerParams = COMPILED, **fields: Any) -> EncoderParams:

@@ -1,5 +1,7 @@
 """The layout of a batch, what becomes of long and empty documents, static shapes, evaluation, loader settings."""
 
+import os
+import signal
 from itertools import pairwise
 
 import numpy as np
@@ -8,8 +10,11 @@ import torch
 from encoder_batches import TOKENIZER, data_params, documents, equal, loader, take, token_ids
 from encoder_data import language_of, sentences, write_jsonl
 
-from inft.encoders.data.batches import EvaluationBatches
+from inft.encoders.data import reader
+from inft.encoders.data.batches import EvaluationBatches, PretrainingBatches
+from inft.encoders.data.counts import Counts
 from inft.encoders.data.documents import open_data
+from inft.encoders.data.flat import rounded_up
 from inft.encoders.data.reader import loader_settings
 from inft.encoders.data.tokenised import Reading, pieces_of
 from params.encoder import DatasetParams
@@ -76,6 +81,48 @@ def test_static_batches_have_one_shape_and_padding_that_predicts_nothing(data, p
     assert next(loader(dynamic)).tokens == len(next(loader(dynamic)).input_ids_T)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("multiple", [16, 128])
+def test_a_batch_is_rounded_up_by_documents_no_longer_than_its_longest(data, multiple, compiled):
+    params = data_params(data, trainer__per_device_train_batch_size=1, trainer__torch_compile=compiled)
+    for batch in take(loader(params), 12):
+        found = rounded_up(batch, multiple, 7)
+        ends = found.cu_seqlens.tolist()
+        assert len(found.input_ids_T) == len(found.labels_T) == len(found.position_ids_T) == ends[-1]
+        assert ends[-1] % multiple == 0
+        assert ends[-1] - len(batch.input_ids_T) < multiple
+        assert ends[: len(batch.cu_seqlens)] == batch.cu_seqlens.tolist()
+        assert ends[len(found.keys)] == found.tokens == batch.tokens
+        lengths = [b - a for a, b in pairwise(ends)]
+        assert max(lengths) == found.max_seqlen == batch.max_seqlen if not compiled else max(lengths) <= 64
+        assert found.position_ids_T.tolist() == [i for length in lengths for i in range(length)]
+        padding = len(batch.input_ids_T)
+        assert (found.input_ids_T[padding:] == 7).all()
+        assert (found.labels_T[padding:] == -100).all()
+
+
+def test_the_epoch_grows_with_the_documents_that_are_taken(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", sentences(40))
+    for streaming in (True, False):
+        params = data_params(tmp_path, dataset__streaming=streaming, dataset__shuffle_buffer_size=1000)
+        batches = loader(params)
+        epochs = []
+        for _ in range(20):
+            next(batches)
+            epochs.append(round(batches.epoch, 9))
+        assert epochs == [round(4 * (i + 1) / 40, 9) for i in range(20)]
+
+
+@pytest.mark.parametrize("what", ["training", "evaluation"])
+def test_a_reading_process_that_is_killed_is_told_with_a_remedy(data, monkeypatch, what):
+    monkeypatch.setattr(reader, "block_documents", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    params = data_params(data, dataset__num_workers=1)
+    kind = PretrainingBatches if what == "training" else EvaluationBatches
+    batches = kind(open_data(params, TOKENIZER), TOKENIZER, params)
+    with pytest.raises(UserError, match=r"reading process .*memory.*dataset\.num_workers"):
+        next(iter(batches))
+
+
 def test_long_documents_are_split_between_their_special_tokens(tmp_path):
     long = " ".join(sentences(10))
     write_jsonl(tmp_path / "train.jsonl", [long, "the red boat"])
@@ -107,11 +154,18 @@ def test_long_and_empty_documents_are_counted(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ["the red boat", long, "", "  \n ", None, "old man"])
     split = loader(data_params(tmp_path, trainer__per_device_train_batch_size=1))
     next(split)
-    assert split.counts.asdict() == {"documents": 6, "split": 1, "dropped": 0, "empty": 3}
+    assert split.counts.asdict() == {"documents": 6, "split": 1, "dropped": 0, "empty": 3, "bad": 0}
     params = data_params(tmp_path, dataset__long_documents="drop", trainer__per_device_train_batch_size=2)
     dropped = loader(params)
     assert sorted(documents(next(dropped))) == sorted([token_ids("the red boat"), token_ids("old man")])
-    assert dropped.counts.asdict() == {"documents": 6, "split": 0, "dropped": 1, "empty": 3}
+    assert dropped.counts.asdict() == {"documents": 6, "split": 0, "dropped": 1, "empty": 3, "bad": 0}
+
+
+def test_counts_in_words_name_what_there_is():
+    assert Counts(documents=1204).words() == "1,204 documents read"
+    told = Counts(documents=1204, split=60, dropped=3, empty=1, bad=2).words()
+    assert told == "1,204 documents read: 60 split, 3 dropped, 1 empty, 2 unreadable"
+    assert Counts(documents=1, empty=1).words() == "1 document read: 1 empty"
 
 
 def test_data_without_a_single_document_end_the_run_with_the_counts(tmp_path):

@@ -1,5 +1,6 @@
 """Rows of pairs: read, checked, tokenised, mixed, and drawn the same whenever a batch is asked for."""
 
+import gzip
 import io
 import json
 from collections import Counter
@@ -46,16 +47,22 @@ def test_rows_of_text_and_of_lists_are_read_alike_from_jsonl_and_parquet(tmp_pat
     ("line", "words"),
     [
         ('{"pos": "b"}', "query is missing (the row has: pos)"),
-        ('{"query": "a", "positive": "b"}', "pos is missing (the row has: query, positive)"),
+        ('{"query": "a", "positive": "b"}', "pos is missing (the row has: query, positive). Rename positive to pos"),
+        ('{"Query": "a", "pos": "b"}', "Rename Query to query"),
+        ('{"query": "a", "pos": "b", "negatives": ["c"]}', "negatives is not read. Rename negatives to neg"),
+        ('{"query": "a", "pos": "b", "hard_negative": "c"}', "Rename hard_negative to neg"),
+        ('{"query": "a", "pos": "b", "neg": [null]}', "neg holds null"),
+        ('{"query": true, "pos": "b"}', "query holds true or false"),
+        ('"a"', "the line is a string"),
         ('{"query": "a", "pos": []}', "pos is an empty list"),
-        ('{"query": 3, "pos": "b"}', "query holds a int"),
+        ('{"query": 3, "pos": "b"}', "query holds a number"),
         ('{"query": " ", "pos": "b"}', "query holds an empty text"),
         ('{"query": "a", "pos": ["b", ""]}', "pos holds an empty text"),
-        ('{"query": "a", "pos": "b", "neg": [1]}', "neg holds a int"),
+        ('{"query": "a", "pos": "b", "neg": [1]}', "neg holds a number"),
         ('{"query": ["a", "b"], "pos": "b"}', "query is a list of 2 texts"),
         ('{"query": "a\\ud800", "pos": "b"}', "half a surrogate pair"),
         ('{"query": "a"', "not JSON"),
-        ('["a", "b"]', "a JSON list"),
+        ('["a", "b"]', "the line is an array"),
         (b'{"query": "\xff", "pos": "b"}', "not UTF-8"),
     ],
 )
@@ -89,7 +96,7 @@ def test_a_parquet_file_that_is_none_and_a_path_that_is_missing_are_named(tmp_pa
     with pytest.raises(UserError, match="no such file"):
         row_files(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"has no \.jsonl"):
+    with pytest.raises(UserError, match=r"the directory has no file that ends in \.jsonl"):
         row_files(tmp_path / "empty")
 
 
@@ -177,6 +184,24 @@ def test_an_epoch_goes_through_whole_batches_of_a_new_order_without_repeats():
     assert all(len(set(rows)) == 9 for rows in epochs)
     assert len({tuple(rows) for rows in epochs}) == 4
     assert set().union(*epochs) == set(range(10))
+
+
+def test_an_epoch_counts_the_rows_that_batches_have():
+    small = Mixture([80], alpha=1.0, seed=0, batch_size=256)
+    assert [small.epochs(number) for number in range(3)] == [0.0, 1.0, 2.0]
+    mixed = Mixture([1000, 10], alpha=0.5, seed=0, batch_size=50, world_size=2)
+    after = BLOCK + 7
+    seen = sum((100, 10)[mixed.place(number).source] for number in range(after))
+    assert mixed.epochs(after) == pytest.approx(seen / 1010)
+
+
+def test_a_source_smaller_than_a_batch_is_named(tmp_path):
+    params = pair_params(tmp_path, write_rows(tmp_path / "few.jsonl", colour_rows(7)))
+    assert ContrastiveBatches(sources_of(params).train, params).notices == [
+        "source few has 7 rows: its batches have 7 rows, not 8."
+    ]
+    many = pair_params(tmp_path, write_rows(tmp_path / "many.jsonl", colour_rows(8)))
+    assert ContrastiveBatches(sources_of(many).train, many).notices == []
 
 
 def test_sources_are_drawn_by_size_to_the_alpha():
@@ -279,7 +304,7 @@ def test_evaluation_has_each_held_out_row_once_and_the_same_every_time(tmp_path)
     heldout = sources_of(params).heldout
     one, other = ([b.positive_keys_B2.tolist() for b in evaluation_batches(heldout, params)] for _ in range(2))
     assert one == other
-    assert [len(batch) for batch in one] == [8, 8, 5]
+    assert [len(batch) for batch in one] == [7, 7, 7]
 
 
 def test_texts_are_cut_at_the_longest_allowed(tmp_path):
@@ -287,3 +312,93 @@ def test_texts_are_cut_at_the_longest_allowed(tmp_path):
     params = pair_params(tmp_path, write_rows(tmp_path / "pairs.jsonl", rows))
     row = sources_of(params).train[0].pairs.row(0)
     assert (len(row.query), len(row.positives[0])) == (LONGEST, LONGEST)
+
+
+def test_rows_beside_scores_and_near_misses_of_fields_that_are_there_are_read(tmp_path):
+    rows = [{"query": "a", "pos": ["b"], "neg": ["c"], "neg_scores": [1], "negatives": 3, "post": "d", "title": "e"}]
+    console = Console(file=io.StringIO(), width=400)
+    params = pair_params(tmp_path, write_rows(tmp_path / "pairs.jsonl", rows))
+    preprocess_contrastive(params, tmp_path / "out", console, tokenizer())
+    assert "fields that are not read: neg_scores, negatives, post, title" in console.file.getvalue()
+    console = Console(file=io.StringIO(), width=400)
+    locate_sources(params, tokenizer(), console)
+    assert "fields that are not read: neg_scores, negatives, post, title" in console.file.getvalue()
+
+
+def test_a_misspelt_column_of_a_parquet_file_is_refused(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"query": "a", "pos": ["b"], "negs": ["c"]}]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="Rename negs to neg"):
+        check_pairs([tmp_path / "a.parquet"])
+
+
+def test_the_line_about_rows_counts_those_with_negatives(tmp_path):
+    rows = [*colour_rows(6), *colour_rows(4, negatives=0)]
+    params = pair_params(tmp_path, write_rows(tmp_path / "pairs.jsonl", rows), dataset={"eval_samples": 3})
+    assert "rows: pairs 7 (3 with negatives); held out: pairs 3 (3 with negatives)" in sources_of(params).describe()
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "**/*.jsonl", "nli-?.jsonl*"])
+def test_a_path_may_be_a_glob_and_files_compressed(tmp_path, pattern):
+    raw = tmp_path / "raw"
+    write_rows(raw / "nli-0.jsonl", colour_rows(10))
+    write_rows(raw / "nli-1.jsonl", colour_rows(10, first=10))
+    packed = gzip.compress((raw / "nli-1.jsonl").read_bytes())
+    (raw / "nli-2.jsonl.gz").write_bytes(packed)
+    found = sources_of(pair_params(tmp_path, raw / pattern))
+    assert names(found.train) == [("raw", 0, 30 if pattern.endswith("l*") else 20)]
+    alone = sources_of(pair_params(tmp_path, raw / "nli-2.jsonl.gz"))
+    assert names(alone.train) == [("nli-2", 0, 10)]
+    given = {"path": None, "sources": {"mine": str(raw / pattern)}}
+    assert sources_of(pair_params(tmp_path, dataset=given)).train[0].name == "mine"
+    with pytest.raises(UserError, match=r"no file fits"):
+        row_files(raw / "*.parquet")
+
+
+def test_a_compressed_file_that_is_cut_off_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"query": "a", "pos": "b"}\n' * 1000)[:-20])
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz cannot be unpacked"):
+        check_pairs([file])
+    file.write_bytes(b"plain")
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz cannot be unpacked"):
+        check_pairs([file])
+
+
+def test_a_source_that_is_preprocess_output_is_pointed_into(tmp_path):
+    out = preprocess_contrastive(
+        pair_params(tmp_path, write_rows(tmp_path / "pairs.jsonl", colour_rows(20))),
+        tmp_path / "out",
+        QUIET,
+        tokenizer(),
+    )
+    with pytest.raises(UserError, match=rf"dataset\.sources\.a: .* set it to {out / 'pairs'}"):
+        sources_of(pair_params(tmp_path, dataset={"path": None, "sources": {"a": str(out)}}))
+    inside = pair_params(tmp_path, dataset={"path": None, "sources": {"a": str(out / "pairs")}})
+    assert names(sources_of(inside).train) == [("a", 0, 20)]
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6])
+def test_tokens_that_rotted_on_the_disk_are_refused_by_name(tmp_path, place):
+    file = write_rows(tmp_path / "pairs.jsonl", colour_rows(40))
+    params = pair_params(tmp_path, file)
+    out = preprocess_contrastive(params, tmp_path / "out", QUIET, tokenizer())
+    rows = out / "pairs" / "rows.arrow"
+    content = bytearray(rows.read_bytes())
+    middle = int(len(content) * place)
+    content[middle : middle + 16] = b"\xff" * 16
+    rows.write_bytes(content)
+    with pytest.raises(UserError, match=r"rows\.arrow is not as it was written"):
+        sources_of(pair_params(tmp_path, out))
+    with pytest.raises(UserError, match=r"rows\.arrow is not as it was written"):
+        preprocess_contrastive(params, tmp_path / "out", QUIET, tokenizer())
+
+
+def test_tokens_of_an_earlier_format_are_made_again(tmp_path):
+    file = write_rows(tmp_path / "pairs.jsonl", colour_rows(20))
+    out = preprocess_contrastive(pair_params(tmp_path, file), tmp_path / "out", QUIET, tokenizer())
+    note = json.loads((out / "pairs" / NOTE).read_text())
+    (out / "pairs" / NOTE).write_text(json.dumps(note | {"format": 1}))
+    with pytest.raises(UserError, match="is of format 1"):
+        sources_of(pair_params(tmp_path, out))
+    preprocess_contrastive(pair_params(tmp_path, file), tmp_path / "out", QUIET, tokenizer())
+    assert len(sources_of(pair_params(tmp_path, out)).train[0].pairs) == 20

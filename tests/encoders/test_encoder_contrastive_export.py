@@ -1,8 +1,9 @@
 """An exported encoder loads in sentence-transformers with the same vectors; `inft embed` writes them to files."""
 
 import json
+import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,11 +13,12 @@ from tiny_pairs import LONGEST, bert, colour_rows, neobert, pair_params, tokeniz
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from inft.cli import embed as embed_command
 from inft.cli.embed import app
 from inft.encoders import embed as embed_module
-from inft.encoders.contrastive.export import EmbeddingSettings, export_sentence_transformers
+from inft.encoders.contrastive.export import POOLINGS, EmbeddingSettings, export_sentence_transformers
 from inft.encoders.contrastive.load import load_encoder
-from inft.encoders.embed import embed_texts, open_embedder, read_texts
+from inft.encoders.embed import Embedder, embed_texts, open_embedder, read_texts, stored_settings
 from params.encoder_resolve import dump_encoder_yaml
 from params.errors import UserError
 
@@ -143,9 +145,11 @@ def test_a_text_that_is_none_is_named_and_nothing_is_left_behind(tmp_path, monke
     monkeypatch.setattr(embed_module, "BLOCK", 2)
     embedder = open_embedder(str(exported(tmp_path / "model")[0]))
     (tmp_path / "a.txt").write_text("cat\ndog\n\ncar\n")
-    with pytest.raises(UserError, match=r"a\.txt line 3 is empty"):
-        embed_texts(embedder, tmp_path / "a.txt", tmp_path / "out" / "a.npy")
-    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Embedder, "embed", lambda *_, **__: pytest.fail("embedded before all lines were read"))
+        with pytest.raises(UserError, match=r"a\.txt line 3 is empty"):
+            embed_texts(embedder, tmp_path / "a.txt", tmp_path / "out" / "a.npy")
+    assert not (tmp_path / "out").exists()
     for line, words in (('{"txt": "a"}', "has no text in 'text'"), ("{", "not JSON"), ('{"text": 3}', "no text in")):
         (tmp_path / "b.jsonl").write_text(line)
         with pytest.raises(UserError, match=words):
@@ -153,6 +157,103 @@ def test_a_text_that_is_none_is_named_and_nothing_is_left_behind(tmp_path, monke
     (tmp_path / "none.txt").write_text("")
     with pytest.raises(UserError, match="has no texts"):
         embed_texts(embedder, tmp_path / "none.txt", tmp_path / "a.npy")
+
+
+def test_empty_lines_at_the_end_are_no_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("cat\ndog\n\n  \n")
+    assert list(read_texts(tmp_path / "a.txt")) == [(0, "cat"), (1, "dog")]
+    (tmp_path / "b.jsonl").write_text('{"text": "cat"}\n\n')
+    assert list(read_texts(tmp_path / "b.jsonl")) == [(0, "cat")]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "dd.npy").mkdir()
+    (tmp_path / "t.txt").write_text("cat\n")
+    told = ["no-such-model", str(tmp_path / "t.txt"), "--overwrite", "-o"]
+    for output, words in (("dd.npy", "is a directory"), ("t.txt/x.npy", "is a file, not a directory")):
+        with pytest.raises(UserError, match=words):
+            CliRunner().invoke(app, [*told, str(tmp_path / output)], catch_exceptions=False)
+
+
+def change(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def cached(monkeypatch, cache, directory, name="owner/model"):
+    """The directory as the only content of the hub's cache; the hub itself is out of reach."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(directory, place / "snapshots" / "abc")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return name
+
+
+def test_a_model_of_the_hub_brings_its_settings(tmp_path, monkeypatch):
+    directory, _, settings = exported(tmp_path / "model", pooling="cls", normalize=False, max_length=20)
+    name = cached(monkeypatch, tmp_path / "cache", directory)
+    found = stored_settings(name, LONGEST)
+    assert {key: getattr(found, key) for key in asdict(settings)} == asdict(settings)
+    (tmp_path / "cache/models--owner--model/snapshots/abc/config_sentence_transformers.json").unlink()
+    found = stored_settings(name, LONGEST)
+    assert found.query_prefix == ""
+    assert "config_sentence_transformers.json of owner/model is not in the cache" in found.notes[0]
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        stored_settings("owner/other", LONGEST)
+
+
+def test_a_prompt_for_passages_serves_documents_and_is_told(tmp_path):
+    directory, _, _ = exported(tmp_path / "model")
+    prompts = directory / "config_sentence_transformers.json"
+    for name in ("passage", "corpus"):
+        change(prompts, prompts={"query": "query : ", name: "a : "})
+        found = open_embedder(str(directory))
+        assert found.settings.document_prefix == "a : "
+        assert f"its prompt {name!r} takes that place" in found.notes[0]
+    (tmp_path / "a.txt").write_text("cat\n")
+    told = [str(directory), str(tmp_path / "a.txt"), "-o", str(tmp_path / "a.npy")]
+    assert "note: " in CliRunner().invoke(app, told, catch_exceptions=False).output
+
+
+def test_the_default_prompt_serves_where_there_is_no_other(tmp_path):
+    directory, _, _ = exported(tmp_path / "model")
+    prompts = directory / "config_sentence_transformers.json"
+    change(prompts, prompts={"query": "query : ", "all": "the : "}, default_prompt_name="all")
+    found = open_embedder(str(directory))
+    assert (found.settings.query_prefix, found.settings.document_prefix) == ("query : ", "the : ")
+    assert "no prompt for a document: its default prompt 'all' is used" in found.notes[0]
+    change(prompts, default_prompt_name="none")
+    with pytest.raises(UserError, match="default_prompt_name 'none' is none of the prompts"):
+        open_embedder(str(directory))
+
+
+def test_texts_are_lowered_where_the_model_says_so(tmp_path):
+    directory, _, _ = exported(tmp_path / "model")
+    plain = open_embedder(str(directory)).embed(["red cat"])
+    assert not np.allclose(open_embedder(str(directory)).embed(["RED Cat"]), plain)
+    change(directory / "sentence_bert_config.json", do_lower_case=True)
+    np.testing.assert_allclose(open_embedder(str(directory)).embed(["RED Cat"]), plain, atol=1e-6)
+
+
+def test_a_length_that_is_not_stored_is_that_of_the_tokenizer(tmp_path):
+    directory, _, _ = exported(tmp_path / "model", max_length=20)
+    change(directory / "sentence_bert_config.json", max_seq_length=None)
+    assert open_embedder(str(directory)).settings.max_length == 20
+
+
+def test_the_poolings_stand_in_one_order():
+    assert tuple(POOLINGS) == embed_command.POOLINGS
+
+
+def test_a_runs_directory_means_its_newest_model(tmp_path):
+    for step, pooling in ((90, "cls"), (100, "mean")):
+        exported(tmp_path / "run" / "model_checkpoints" / str(step), pooling=pooling)
+    (tmp_path / "a.txt").write_text("cat\n")
+    told = [str(tmp_path / "run"), str(tmp_path / "a.txt"), "-o", str(tmp_path / "a.npy")]
+    found = CliRunner().invoke(app, told, catch_exceptions=False)
+    assert found.exit_code == 0
+    assert "model_checkpoints/100 (the newest of" in found.output
 
 
 def test_the_command_writes_what_the_function_does_and_refuses_to_overwrite(tmp_path):

@@ -84,24 +84,37 @@ def by_equation(model, batch: ContrastiveBatch, params: ContrastiveParams, pooli
         [vector(t) for t in texts] for texts in (batch.queries, batch.positives, batch.negatives)
     )
     texts = [[t.tobytes() for t in part] for part in (batch.queries, batch.positives, batch.negatives)]
-    known = [{int(key) for key in keys if key} for keys in batch.known_keys_BP]
+    known = [
+        {(kind, key) for keys in found for kind, key in enumerate(keys) if key}
+        for found in batch.known_keys_BP2.tolist()
+    ]
     losses = []
     for i, query in enumerate(queries):
         own = {texts[0][i], texts[1][i]}
-        same = [
-            j != i and (bool(own & {texts[0][j], texts[1][j]}) or int(batch.positive_keys_B2[j, 0]) in known[i])
-            for j in range(len(queries))
+        shared = [j != i and bool(own & {texts[0][j], texts[1][j]}) for j in range(len(queries))]
+        terms = [
+            torch.exp(query @ p / params.temperature)
+            for j, p in enumerate(positives)
+            if j == i or not (shared[j] or answers(batch.positive_keys_B2[j], known[i]))
         ]
-        terms = [torch.exp(query @ p / params.temperature) for j, p in enumerate(positives) if not same[j]]
-        for n, key, text in zip(negatives, batch.negative_keys_N2[:, 0].tolist(), texts[2], strict=True):
-            if key not in known[i] and text not in own:
+        for n, keys in zip(negatives, batch.negative_keys_N2, strict=True):
+            if not answers(keys, known[i]):
                 terms.append(params.hard_negative_weight * torch.exp(query @ n / params.temperature))
         loss = torch.log(sum(terms)) - query @ positives[i] / params.temperature
         if params.loss_type == "symmetric":
-            back = [torch.exp(positives[i] @ q / params.temperature) for j, q in enumerate(queries) if not same[j]]
+            back = [
+                torch.exp(positives[i] @ q / params.temperature)
+                for j, q in enumerate(queries)
+                if j == i or not (shared[j] or answers(batch.positive_keys_B2[i], known[j]))
+            ]
             loss = (loss + torch.log(sum(back)) - query @ positives[i] / params.temperature) / 2
         losses.append(loss)
     return torch.stack(losses)
+
+
+def answers(keys_2: torch.Tensor, known: set[tuple[int, int]]) -> bool:
+    """Whether a text is, by its own key or that of its tokens, among a row's known texts."""
+    return any((kind, key) in known for kind, key in enumerate(keys_2.tolist()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -195,6 +208,37 @@ def test_texts_cut_to_the_same_tokens_are_no_negatives():
     other = other._replace(positive_keys=[12345])  # another text whose tokens are the same
     loss = contrastive_loss(encoder_of(neobert()), batch_of([one, other]), LOCAL).losses_B
     assert loss.tolist() == [0.0, 0.0]
+
+
+def test_a_query_is_no_negative_of_a_text_that_answers_it():
+    """Row 0 drew another positive than row 1's: on the way back, row 1's positive must not push query 0 away."""
+    first, second = row("cat", ["a cat", "the old cat"]), row("house", ["the old cat"])
+    batch = batch_of([first, second])
+    batch = replace(batch, positives=[first.positives[0], second.positives[0]], positive_keys_B2=keys_of(first, second))
+    params = replace(LOCAL, temperature=0.2, loss_type="symmetric")
+    model = neobert().double()
+    found_B = contrastive_loss(encoder_of(model), batch, params).losses_B
+    torch.testing.assert_close(found_B, by_equation(model, batch, params, "mean"), rtol=1e-9, atol=1e-9)
+    queries, positives, _ = encode_batch(encoder_of(model), batch, None)
+    forward = torch.logaddexp(*(queries[1] @ positives.T / 0.2)) - queries[1] @ positives[1] / 0.2
+    assert found_B[1].item() == pytest.approx(forward.item() / 2)  # nothing is left to contrast on the way back
+
+
+def keys_of(*rows: TokenizedRow) -> torch.Tensor:
+    """The keys of each row's first positive."""
+    return pair_batch(
+        [row._replace(positives=row.positives[:1], positive_keys=row.positive_keys[:1]) for row in rows],
+        [(0, 0, number) for number in range(len(rows))],
+        "rows",
+        BatchDraws(seed=0, max_negatives=0),
+    ).positive_keys_B2
+
+
+def test_a_positive_that_was_not_drawn_is_known_by_its_tokens_too():
+    rows = [row("cat", ["a cat", "the old cat"]), row("house", ["the old cat"], ["a cat"])]
+    rows[1] = rows[1]._replace(positive_keys=[12345], negative_keys=[54321])  # other texts, cut to the same tokens
+    losses_B = contrastive_loss(encoder_of(neobert()), batch_of(rows), LOCAL).losses_B
+    assert losses_B[0].item() == 0
 
 
 def test_a_heavier_hard_negative_pulls_harder():

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inft.encoders.contrastive.batches import BatchDraws, ContrastiveBatch, pair_batch
 from inft.encoders.contrastive.encode import TextEncoder
+from inft.encoders.contrastive.finetune import PairsTask
 from inft.encoders.contrastive.heldout import HeldOut
 from inft.encoders.contrastive.objective import contrastive_loss
 from inft.encoders.contrastive.sources import PairSources, open_sources
-from params.encoder import ContrastiveParams
+from params.encoder import ContrastiveParams, EncoderParams
 
 WORLD = 2
 MODELS = {"neobert": neobert, "bert": bert}
@@ -32,6 +34,8 @@ def rows_of(folder: Path):
     for place in (1, 4, 7):
         rows[place]["neg"] = []  # the processes have different numbers of hard negatives
     rows[7]["query"] = rows[0]["query"]  # rows of different processes with one query
+    rows[2]["pos"] = [*rows[2]["pos"], *rows[8]["pos"]]  # rows that know more answers than the others
+    rows[9]["pos"] = [*rows[9]["pos"], *rows[3]["pos"], *rows[4]["pos"]]
     return write_rows(folder / "pairs.jsonl", rows)
 
 
@@ -63,8 +67,24 @@ def work(rank: int, folder: str) -> None:
     with torch.no_grad():
         encoder = TextEncoder(model=neobert().eval(), pooling="mean", pad_token_id=0)
         found["figures"] = HeldOut([heldout], params, rank=rank, world_size=WORLD).figures(encoder)
+    found["guards"] = checks(params, sources, rank)
     torch.save(found, place / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def checks(params: EncoderParams, sources: PairSources, rank: int) -> list[list[str]]:
+    """What is checked of batches of one row a process, with and without gathering, and of unknown words in one."""
+    found = []
+    model = neobert()
+    # Rows 0 and 7 share a query; row 1 has no hard negative. 4 and 5: only the second process has one.
+    for rows, gather in (((1, 4), True), ((1, 4), False), ((0, 7), False), ((7, 0), True)):
+        objective = replace(params.contrastive, gather_negatives=gather)
+        task = PairsTask(replace(params, contrastive=objective), sources, model, tokenizer())
+        one = batch(sources, rows[rank], rows[rank] + 1)
+        found.append([f"{result.name} {result.ok}" for result in task.guards(model, one)])
+    unknown = replace(one, queries=[np.full(999, 1, dtype=np.int32)]) if rank else one
+    found.append([f"{result.name} {result.ok}" for result in task.guards(model, unknown)])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +114,19 @@ def test_two_processes_contrast_as_one_with_the_rows_of_both(both, name):
     for weight, value in alone.named_parameters():
         for one in found:
             torch.testing.assert_close(one[name][1][weight], value.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_all_processes_come_to_the_same_verdict_of_the_first_batch(both):
+    """Or one of them would wait for the others, which train no more."""
+    _, found = both
+    known, contrasted, gradients = "known words True", "contrasted rows True", "gradients True"
+    sound = [known, contrasted, gradients]
+    alone = [known, "contrasted rows False"]
+    expected = [
+        [sound, alone, [known, contrasted, gradients], sound, ["known words False"]],
+        [sound, alone, [known, contrasted], sound, ["known words False"]],
+    ]
+    assert [one["guards"] for one in found] == expected
 
 
 def test_both_processes_have_the_held_out_figures_of_one(both):

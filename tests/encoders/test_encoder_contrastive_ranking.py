@@ -129,6 +129,9 @@ def test_retrieval_on_files_gives_the_figures_of_a_hand_computed_task(tmp_path):
         ("q9\td1\t1\n", "query q9 (and 0 more) is not in queries.jsonl"),
         ("q1\td1\tgood\n", "line 1: write query-id"),
         ("q1\td1\n", "line 1: write query-id"),
+        ("q1\td1\tnan\n", "line 1: the grade is 'nan': give a finite number"),
+        ("q1\td1\t1\nq1\td2\tinf\n", "line 2: the grade is 'inf'"),
+        ("q2\tq2\t1\n", "every relevant document has its query's own id"),
         ("q1\td1\t0\n", "judges no document above 0"),
     ],
 )
@@ -136,6 +139,20 @@ def test_judgements_that_fit_nothing_are_named(tmp_path, qrels, words):
     with pytest.raises(UserError) as error:
         evaluate_retrieval(BagOfWords(), write_task(tmp_path / "task", qrels))
     assert words in str(error.value)
+
+
+def test_a_query_that_is_its_own_document_counts_with_what_is_left_of_its_ranking(tmp_path):
+    found = evaluate_retrieval(BagOfWords(), write_task(tmp_path / "task", "q2\tq2\t1\nq2\td4\t1\n"), ks=(1, 2))
+    # As in BEIR: q2 is out of the ranking and stays among the two judgements.
+    assert (found["recall_at_1"], found["recall_at_2"], found["ndcg_at_1"], found["queries"]) == (0.5, 0.5, 1.0, 1)
+
+
+@pytest.mark.parametrize("name", ["qrels.tsv", "corpus.jsonl", "queries.jsonl"])
+def test_files_that_are_not_utf_8_are_named(tmp_path, name):
+    directory = write_task(tmp_path / "task")
+    (directory / name).write_bytes("{é\t1\t1\n".encode("latin1"))
+    with pytest.raises(UserError, match=rf"{name}: is not UTF-8"):
+        evaluate_retrieval(BagOfWords(), directory)
 
 
 def test_documents_without_id_or_text_or_with_one_twice_are_named(tmp_path):
@@ -170,6 +187,7 @@ def test_sts_files_of_both_kinds_give_the_same_figure(tmp_path):
         ({"sentence1": "a", "score": 1}, "line 1: has no column 'sentence2'"),
         ({"sentence1": "a", "sentence2": "b", "score": "high"}, "line 1: score is 'high'"),
         ({"sentence1": "a", "sentence2": "b", "score": math.nan}, "finite"),
+        ({"sentence1": "a", "sentence2": "b", "score": True}, "line 1: score is True"),
         ({"sentence1": "a", "sentence2": "b", "score": 1}, "no two different scores"),
     ],
 )

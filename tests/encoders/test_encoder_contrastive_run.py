@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_pairs import LONGEST, bert, colour_rows, neobert, pair_params, tokenizer, vocabulary, write_rows
+from transformers import MPNetConfig, MPNetModel
 
 from inft.encoders.contrastive.encode import TextEncoder
 from inft.encoders.contrastive.finetune import PairsTask, finetune
@@ -59,7 +60,7 @@ def test_a_run_learns_from_nothing_and_says_so(tmp_path):
     assert last["loss"] < first["loss"] / 3
     assert last["recall_at_5"] > 0.9 > first["recall_at_5"]
     assert {"recall_at_1", "recall_at_10", "ndcg_at_10", "mrr", "sources", "in_batch_accuracy"} <= last.keys()
-    assert "rows: pairs 80; held out: pairs 20" in console.file.getvalue()
+    assert "rows: pairs 80 (80 with negatives); held out: pairs 20 (20 with negatives)" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(("chunk", "checkpointing"), [(None, False), (6, False), (6, True)])
@@ -153,6 +154,86 @@ def test_what_cannot_run_is_refused_before_the_first_step(tmp_path, sections, wo
         finetune(run_params(tmp_path, **sections), console=quiet())
 
 
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"name": "/nowhere/nothing"}}, "no model directory"),
+        ({"model": {"vocab_size": 32}}, "the tokenizer has"),
+        ({"dataset": {"max_seq_length": 64}}, "positions"),
+        ({"model": {"attn_backend": "flash_attn_varlen"}}, "flash_attn_varlen"),
+        ({"dataset": {"path": "nowhere.jsonl"}}, "no such file"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told_before_anything_is_tokenised(tmp_path, sections, words):
+    params = run_params(tmp_path, **sections)
+    with pytest.raises(UserError, match=words):
+        finetune(params, console=quiet())
+    assert not (tmp_path / "run" / "pre_tokenized").exists()
+
+
+def test_a_path_that_is_missing_is_told_before_the_model_is_loaded(tmp_path):
+    params = run_params(tmp_path, dataset={"path": "nowhere.jsonl"}, model={"name": "/nowhere/nothing"})
+    with pytest.raises(UserError, match="no such file"):
+        finetune(params, console=quiet())
+
+
+def test_a_model_that_cannot_recompute_is_refused_with_checkpointing(tmp_path):
+    config = MPNetConfig(
+        vocab_size=vocabulary(), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=LONGEST + 2,
+    )  # fmt: skip
+    MPNetModel(config).save_pretrained(tmp_path / "mpnet")
+    params = run_params(
+        tmp_path, model={"name": str(tmp_path / "mpnet")}, trainer={"gradient_checkpointing": True, "max_steps": 1}
+    )
+    with pytest.raises(UserError, match=r"trainer\.gradient_checkpointing"):
+        finetune(params, console=quiet())
+
+
+def guarded(tmp_path, rows, **sections):
+    """The error of a run on some rows, and the checks that were made."""
+    params = run_params(tmp_path, write_rows(tmp_path / "few.jsonl", rows), dataset={"eval_samples": None}, **sections)
+    with pytest.raises(UserError) as error:
+        finetune(params, console=quiet())
+    (log,) = (tmp_path / "logs").glob("*.jsonl")
+    return str(error.value), [event["name"] for event in read_events(log) if event["event"] == "guard"]
+
+
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_rows_without_any_negative_are_told_before_gradients_are_looked_at(tmp_path, size, chunk):
+    rows = colour_rows(1 if size == 8 else 20, negatives=0)
+    trainer = {"per_device_train_batch_size": size}
+    message, checks = guarded(tmp_path, rows, trainer=trainer, contrastive={"gradcache_chunk_size": chunk})
+    assert "no row of the first batch has a negative" in message
+    assert "trainer.per_device_train_batch_size" in message
+    assert "mixed_precision" not in message
+    assert checks == ["known words", "contrasted rows"]
+
+
+def test_texts_that_the_tokenizer_does_not_know_are_told(tmp_path):
+    rows = [{"query": f"πού {n}", "pos": f"εδώ {n}"} for n in "αβγδε"]
+    message, checks = guarded(tmp_path, rows)
+    assert "tokenizer.name" in message
+    assert checks == ["known words"]
+
+
+def test_a_sound_run_passes_every_check(tmp_path):
+    params = run_params(tmp_path, trainer={"max_steps": 1})
+    events = read_events(finetune(params, console=quiet()).log_file)
+    checks = [(event["name"], event["ok"]) for event in events if event["event"] == "guard"]
+    assert checks == [("known words", True), ("contrasted rows", True), ("gradients", True)]
+
+
+def test_a_source_smaller_than_a_batch_is_named_on_the_console(tmp_path):
+    console = quiet()
+    params = run_params(tmp_path, trainer={"max_steps": 1, "per_device_train_batch_size": 256})
+    result = finetune(params, console=console)
+    assert "source pairs has 80 rows: its batches have 80 rows, not 256." in console.file.getvalue()
+    (logged,) = [event for event in read_events(result.log_file) if event["event"] == "log"]
+    assert logged["epoch"] == 1.0
+
+
 def test_simcse_without_any_dropout_layer_is_refused(tmp_path):
     params = run_params(tmp_path, contrastive={"simcse_share": 0.5})
     sources = open_sources(params, tokenizer(), locate_sources(params, tokenizer(), quiet()))
@@ -178,7 +259,45 @@ def test_held_out_figures_do_not_depend_on_how_processes_share_them(tmp_path):
     assert all(len(relevant) == 2 for relevant in whole.relevant)
     assert len(whole.documents) == len({text.tobytes() for text in whole.documents})
     few = replace(params, trainer=replace(params.trainer, eval_max_batches=1))
-    assert len(HeldOut(sources.heldout, few).queries) == 8
+    assert len(HeldOut(sources.heldout, few).queries) == 7
+
+
+def held_out(tmp_path, rows, size=8):
+    told = {"eval_samples": None, "eval_split": "test"}
+    params = run_params(tmp_path, trainer={"per_device_eval_batch_size": size}, dataset=told)
+    write_rows(tmp_path / "test.jsonl", rows)
+    sources = {"pairs": str(tmp_path / "pairs.jsonl"), "test": str(tmp_path / "test.jsonl")}
+    params = replace(params, dataset=replace(params.dataset, path=None, sources=sources))
+    found = open_sources(params, tokenizer(), locate_sources(params, tokenizer(), quiet()))
+    return HeldOut(found.heldout, params)
+
+
+def test_rows_that_nothing_is_contrasted_with_count_for_no_held_out_figure(tmp_path):
+    encoder = TextEncoder(model=neobert().eval(), pooling="mean", pad_token_id=0)
+    same = {"query": "where is the cat", "pos": "a cat", "neg": []}
+    rows = [same, same, {"query": "a", "pos": "the old dog", "neg": ["a dog"]}]
+    with torch.no_grad():
+        batches = held_out(tmp_path, rows, size=2)
+        assert [len(batch) for batch in batches.batches] == [2, 1]
+        figures = batches.figures(encoder)  # rows 0 and 1 are equal, and row 2 has a hard negative
+        one = held_out(tmp_path, rows[2:]).figures(encoder)
+    assert figures["loss"] == pytest.approx(one["loss"])
+    assert figures["in_batch_accuracy"] == one["in_batch_accuracy"]
+    with torch.no_grad():
+        none = held_out(tmp_path, rows[:1]).figures(encoder)
+    assert np.isnan(none["loss"])
+
+
+def test_a_document_that_is_the_query_itself_is_left_out_of_its_ranking(tmp_path):
+    """As in the loss; unless it is what answers the query."""
+    encoder = TextEncoder(model=neobert().eval(), pooling="mean", pad_token_id=0)
+    asked = {"query": "the red cat", "pos": "a house is here", "neg": ["the red cat"]}
+    answer = {"query": "the red cat", "pos": "the red cat", "neg": ["a house is here"]}
+    with torch.no_grad():
+        assert held_out(tmp_path, [asked]).figures(encoder)["mrr"] == 1
+        assert held_out(tmp_path, [answer]).figures(encoder)["mrr"] == 1
+        other = {"query": "a red cat", "pos": "a dog", "neg": ["the red cat"]}  # another query's document
+        assert held_out(tmp_path, [other]).figures(encoder)["mrr"] == 0.5
 
 
 def test_rows_without_any_held_out_are_trained_on_without_evaluation(tmp_path):

@@ -5,12 +5,22 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_text_encoders import tiny_stored_encoder
-from transformers import BertConfig, BertModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import BertConfig, BertModel, EvalPrediction, TrainerControl, TrainerState, TrainingArguments
 
-from inft.encoders.evaluation.glue import SCORE, BestEpoch, GlueParams, glue_table, run_glue, save_results, summary
+from inft.encoders.evaluation.glue import (
+    SCORE,
+    BestEpoch,
+    GlueParams,
+    glue_table,
+    run_glue,
+    save_results,
+    scores,
+    summary,
+)
 from inft.encoders.evaluation.glue_data import TASKS, local_task, named_task, own_task, read_task
 from inft.encoders.stored import load_classifier, load_masked_lm, load_tokenizer
 from params.errors import UserError
@@ -113,7 +123,7 @@ def test_mnli_is_scored_on_both_of_its_validation_splits(encoder: str, tmp_path:
     for name in ("train", "dev_matched", "dev_mismatched"):  # as GLUE's own files are called
         write(tmp_path / f"{name}.tsv", table)
     data = read_task(named_task("mnli"), tmp_path)
-    assert data.classes == ("contradiction", "entailment", "neutral")
+    assert data.classes == names
     result = run_glue(encoder, data, GlueParams(seeds=(0,), epochs=1, batch_size=8))
     assert list(result.mean) == ["validation_matched", "validation_mismatched"]
     assert glue_table([result]).row_count == 2
@@ -162,7 +172,10 @@ BAD = [
     ({"sentence1": "A.", "sentence2": "B."}, r"validation\.jsonl line 25: has no column 'label'"),
     ({"sentence1": "A.", "sentence2": "B.", "label": None}, "line 25: has no label"),
     ({"sentence1": "A.", "sentence2": "B.", "label": -1}, "line 25: has no label"),
-    ({"sentence1": "A.", "sentence2": "B.", "label": 7}, "line 25: no row that is trained on has the label '7'"),
+    (
+        {"sentence1": "A.", "sentence2": "B.", "label": 7},
+        "line 25: label is '7'. The classes of mrpc are not_equivalent, equ",
+    ),
     ({"sentence1": "A.", "sentence2": " ", "label": 1}, "line 25: the column 'sentence2' has no text"),
     ({"sentence1": "A.", "sentence2": 3, "label": 1}, "line 25: the column 'sentence2' has no text"),
 ]
@@ -183,6 +196,54 @@ def test_one_class_is_refused(tmp_path: Path):
         read_task(named_task("mrpc"), tmp_path)
     with pytest.raises(UserError, match=r"all 4 rows that are trained on have the value 1\.0"):
         read_task(named_task("stsb"), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["names", "numbers"])
+def test_a_task_of_glue_numbers_its_classes_as_glue_does(tmp_path: Path, form: str):
+    for task in TASKS.values():
+        if task.regression:
+            continue
+        labels = task.classes if form == "names" else range(len(task.classes))
+        texts = dict.fromkeys(task.columns, "A.")
+        for name in ("train", *task.validation):
+            write(tmp_path / task.name / f"{name}.jsonl", [{**texts, "label": label} for label in labels])
+        found = read_task(task, tmp_path / task.name)
+        assert [example.label for example in found.train] == list(range(len(task.classes))), task.name
+        assert found.classes == task.classes
+
+
+def test_f1_is_of_the_equivalent_pairs_whatever_their_labels_are_called(tmp_path: Path):
+    for name in ("train", "validation"):
+        words = ["equivalent", "equivalent", "equivalent", "not_equivalent"]
+        write(tmp_path / f"{name}.jsonl", [{"sentence1": "A.", "sentence2": "B.", "label": word} for word in words])
+    data = read_task(named_task("mrpc"), tmp_path)
+    labels = [example.label for example in data.train]
+    all_equivalent = EvalPrediction(predictions=np.tile([0.0, 1.0], (4, 1)), label_ids=np.array(labels))
+    assert scores(data, all_equivalent)["f1"] == pytest.approx(6 / 7)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("same", "other"), "label is 'same'. The classes of mrpc are not_equivalent, equivalent, or 0, 1"),
+        ((1, 2), "label is '2'. The classes of mrpc"),
+        (("0", "1", "2"), "label is '2'. The classes of mrpc"),
+    ],
+)
+def test_other_labels_of_a_task_of_glue_are_refused_with_its_classes(tmp_path: Path, labels, message: str):
+    for name in ("train", "validation"):
+        table = [{"sentence1": "A.", "sentence2": "B.", "label": label} for label in labels]
+        write(tmp_path / f"{name}.jsonl", table)
+    with pytest.raises(UserError, match=message):
+        read_task(named_task("mrpc"), tmp_path)
+
+
+def test_a_task_of_glue_that_lacks_a_class_is_refused(tmp_path: Path):
+    table = [{"premise": "A.", "hypothesis": "B.", "label": label} for label in ("entailment", "contradiction")]
+    for name in ("train", "validation_matched", "validation_mismatched"):
+        write(tmp_path / f"{name}.jsonl", table)
+    with pytest.raises(UserError, match="have 2 of its 3 classes"):
+        read_task(named_task("mnli"), tmp_path)
 
 
 def test_values_in_a_classification_are_told(tmp_path: Path):
@@ -213,6 +274,10 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path):
     data = read_task(named_task("mrpc"), task_directory(tmp_path / "task"))
     with pytest.raises(UserError, match=r"nothing.*tokenizer cannot be loaded"):
         run_glue(str(tmp_path / "nothing"), data, FAST)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "neobert"}')
+    with pytest.raises(UserError, match=r"neither it nor .*bare/tokenizer holds tokenizer\.json or"):
+        load_tokenizer(str(tmp_path / "bare"))
 
 
 @pytest.mark.parametrize(

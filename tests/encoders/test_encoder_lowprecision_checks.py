@@ -6,7 +6,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from low_precision_runs import SECTIONS, tiny_model, with_section
+from low_precision_runs import NOT_COMPILED, SECTIONS, tiny_model, with_section
 
 from inft.encoders.lowprecision.convert import check_low_precision
 from inft.encoders.lowprecision.filter import Filter, LinearShape, kept_layers
@@ -14,9 +14,10 @@ from inft.encoders.lowprecision.layers import linear_shapes
 from inft.encoders.lowprecision.needs import Machine, missing, needs_of
 from inft.encoders.lowprecision.transformer_engine import recipe_arguments
 from params.encoder import EncoderParams, EncoderTrainerParams
-from params.encoder_lowprecision import low_precision_problems
+from params.encoder_lowprecision import low_precision_problems, unread_low_precision
 from params.errors import UserError
 from params.lowprecision import TorchAOParams, TransformerEngineParams
+from params.yamlfile import Given
 
 GUIDE = {
     "float8 rowwise": """
@@ -86,7 +87,6 @@ def test_nothing_is_wrong_without_an_enabled_section():
     check_low_precision(EncoderParams())
 
 
-NOT_COMPILED = EncoderTrainerParams(torch_compile=False)
 IN_FP32 = EncoderTrainerParams(torch_compile=True, mixed_precision="no")
 CHECKPOINTED = EncoderTrainerParams(torch_compile=True, gradient_checkpointing=True)
 
@@ -100,11 +100,6 @@ CHECKPOINTED = EncoderTrainerParams(torch_compile=True, gradient_checkpointing=T
         (with_section("torchao", recipe="mxfp8_cublas", auto_filter_small_kn=True), "auto_filter_small_kn has no"),
         (with_section("torchao", recipe="float8_rowwise_with_gw_hp", auto_filter_small_kn=True), "has no effect"),
         (with_section("torchao", recipe="mxfp4_qat", emulate=True), "emulate has no effect"),
-        (with_section("torchao", enable_fsdp_float8_all_gather=True), "only with float8_tensorwise"),
-        (
-            with_section("torchao", recipe="float8_tensorwise", precompute_float8_dynamic_scale_for_fsdp=True),
-            "enable_fsdp_float8_all_gather: true",
-        ),
         (with_section("torchao", filter_fqns=(), skip_first_last_linear=False), "Add decoder to torchao.filter_fqns"),
         (with_section("torchao", filter_fqns=("",)), "empty entry"),
         (with_section("transformer_engine", disable_rht=True), "only with nvfp4"),
@@ -129,10 +124,36 @@ def test_without_the_compile_requirement_a_section_needs_no_compilation(name):
     assert low_precision_problems(with_section(name, NOT_COMPILED, require_compile=False)) == []
 
 
-def test_deepspeed_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match=r"torchao\.enable does not work under DeepSpeed"):
-        check_low_precision(with_section("torchao", recipe="mxfp4_qat"))
+def told(*keys: str, origin: str = "--") -> dict[str, Given]:
+    return {key: Given(None, f"--{key}" if origin == "--" else origin) for key in keys}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_field_of_a_section_that_is_off_is_told_to_do_nothing(name):
+    [problem] = unread_low_precision(EncoderParams(), told(f"{name}.recipe", "trainer.max_steps"))
+    assert problem == f"{name}.recipe has no effect unless {name}.enable is true: set that, or drop it."
+    assert unread_low_precision(with_section(name), told(f"{name}.recipe", f"{name}.enable")) == []
+
+
+def test_fields_that_do_nothing_are_told_once_for_each_section():
+    keys = told("torchao.recipe", "quartet2.recipe", "torchao.emulate", origin="run.yaml line 4")
+    assert unread_low_precision(EncoderParams(), keys) == [
+        "torchao.recipe, torchao.emulate have no effect unless torchao.enable is true: set that, or drop them.",
+        "quartet2.recipe has no effect unless quartet2.enable is true: set that, or drop it.",
+    ]
+
+
+def test_a_section_may_be_turned_off_above_its_fields():
+    params, file = EncoderParams(), told("torchao.recipe", "torchao.enable", origin="run.yaml line 4")
+    assert unread_low_precision(params, {**file, **told("torchao.enable")}) == []
+    assert unread_low_precision(params, file) == []
+    assert unread_low_precision(params, told("torchao.recipe", "torchao.enable")) == []
+    [problem] = unread_low_precision(params, {**file, **told("torchao.recipe")})
+    assert problem.startswith("torchao.recipe has no effect")
+
+
+def test_a_contrastive_run_tells_such_fields_elsewhere():
+    assert unread_low_precision(EncoderParams(task="contrastive"), told("torchao.recipe")) == []
 
 
 CPU = Machine(gpu=None, capability=None, torch="2.13.0+cpu", cuda=None, modules=frozenset({"torchao"}))

@@ -4,11 +4,10 @@ from copy import deepcopy
 
 import pytest
 import torch
-from low_precision_runs import loss_of, tiny_model, with_section
+from low_precision_runs import NOT_COMPILED, loss_of, tiny_model, with_section
 from safetensors.torch import load_file
 
 from inft.encoders.lowprecision.convert import (
-    after_step,
     check_low_precision,
     convert_linears,
     low_precision_context,
@@ -16,10 +15,13 @@ from inft.encoders.lowprecision.convert import (
 )
 from inft.encoders.optimizer import make_optimizers
 from inft.models.neobert import NeoBERTForMaskedLM
-from params.encoder import EncoderParams, EncoderTrainerParams, OptimizerParams
+from params.encoder import EncoderParams, OptimizerParams
 from params.errors import UserError
+from params.lowprecision import TorchAOParams
 
 pytest.importorskip("torchao")
+
+from inft.encoders.lowprecision.torchao import convert_torchao
 
 # Recipe -> largest relative error of any weight's gradient: 8 bits hold 3 of mantissa, 4 bits hold 1.
 RECIPES = {
@@ -33,7 +35,8 @@ RECIPES = {
 
 
 def params_of(recipe: str, **fields) -> EncoderParams:
-    return with_section("torchao", recipe=recipe, emulate=recipe.startswith("float8"), **fields)
+    here = {"emulate": recipe.startswith("float8"), "require_compile": False}
+    return with_section("torchao", NOT_COMPILED, recipe=recipe, **here, **fields)
 
 
 def gradients(model: NeoBERTForMaskedLM) -> dict[str, torch.Tensor]:
@@ -155,7 +158,7 @@ def test_torchaos_own_rule_keeps_what_is_too_small_to_gain_speed(recipe):
     kept = {"float8_rowwise": [True] * 4, "float8_tensorwise": [False, True, False, True]}[recipe]
     with torch.device("meta"):
         model = NeoBERTForMaskedLM(tiny_model().config.__class__(num_hidden_layers=2, vocab_size=64))
-    params = with_section("torchao", recipe=recipe, auto_filter_small_kn=True, skip_first_last_linear=False)
+    params = params_of(recipe, auto_filter_small_kn=True, skip_first_last_linear=False)
     if all(kept):
         with pytest.raises(UserError, match=r"8 by auto_filter_small_kn.*set torchao.auto_filter_small_kn: false"):
             convert_linears(model, params)
@@ -165,28 +168,51 @@ def test_torchaos_own_rule_keeps_what_is_too_small_to_gain_speed(recipe):
     assert [name in done.kept for name in names] == kept
 
 
-def test_without_fsdp2_gathering_in_8_bits_is_told_to_do_nothing():
+FSDP_FIELDS = ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp")
+
+
+@pytest.mark.parametrize("recipe", ["float8_tensorwise", "float8_rowwise", "mxfp8_emulated"])
+@pytest.mark.parametrize("names", [FSDP_FIELDS[:1], FSDP_FIELDS[1:], FSDP_FIELDS])
+def test_settings_of_fsdp_are_taken_told_to_do_nothing_and_do_nothing(recipe, names):
+    plain, model = tiny_model(), tiny_model()
+    assert convert_linears(plain, params_of(recipe)).notes == ()
+    [note] = convert_linears(model, params_of(recipe, **dict.fromkeys(names, True))).notes
+    assert all((f"torchao.{name}" in note) == (name in names) for name in FSDP_FIELDS)
+    assert "whole in every process" in note
+    assert "drop" in note
+    assert {type(module) for module in model.modules()} == {type(module) for module in plain.modules()}
+    assert torch.equal(loss_of(model), loss_of(plain))
+
+
+def test_a_run_from_python_is_checked_as_one_from_the_command_line_is():
     model, plain = tiny_model(), tiny_model()
-    fsdp = {"enable_fsdp_float8_all_gather": True, "precompute_float8_dynamic_scale_for_fsdp": True}
-    params = params_of("float8_tensorwise", **fsdp)
-    [note] = convert_linears(model, params).notes
-    assert "without FSDP2" in note
-    after_step(model, params)
-    assert model.state_dict().keys() == plain.state_dict().keys()
+    wrong = with_section("torchao", NOT_COMPILED, recipe="float8_rowwise")
+    with pytest.raises(UserError) as refusal:
+        convert_linears(model, wrong)
+    with pytest.raises(UserError) as checked:
+        check_low_precision(wrong)
+    assert str(refusal.value) == str(checked.value)
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
 
 
 def test_what_runs_here_is_let_through_and_what_does_not_is_refused():
-    not_compiled = EncoderTrainerParams(torch_compile=False)
     for recipe in RECIPES:
-        emulate = recipe.startswith("float8")
-        check_low_precision(
-            with_section("torchao", not_compiled, recipe=recipe, emulate=emulate, require_compile=False)
-        )
+        check_low_precision(params_of(recipe))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"capability 8\.9.*torchao\.emulate: true"):
             check_low_precision(with_section("torchao", recipe="float8_rowwise"))
         with pytest.raises(UserError, match="torch_compile_backend: aot_eager"):
             check_low_precision(with_section("torchao", recipe="mxfp8_emulated"))
+        with pytest.raises(UserError, match=r"nvfp4_qat needs a GPU.*10\.0.*torchao\.recipe: mxfp4_qat"):
+            check_low_precision(with_section("torchao", recipe="nvfp4_qat"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_nvfp4_qat_multiplies_by_hardware_which_is_why_it_needs_a_gpu():
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    convert_torchao(layers, ["0"], TorchAOParams(enable=True, recipe="nvfp4_qat"))
+    with pytest.raises(ValueError, match=r"mat_a.dtype\(\)=Float4_e2m1fn_x2"):
+        layers(torch.randn(32, 64))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """MTEB's adapter; what needs the library runs where it is installed."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,3 +62,12 @@ def test_data_out_of_reach_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot be downloaded"):
         run_mteb(tiny_sentence_encoder(tmp_path / "model"), ["STS12"], tmp_path / "out")
+
+
+def test_scores_of_another_model_are_not_replaced_unasked(tmp_path: Path):
+    (tmp_path / SUMMARY).write_text(json.dumps({"model": "other", "scores": {}}))
+    with pytest.raises(UserError, match=r"holds the scores of other: give --overwrite"):
+        run_mteb(tmp_path, ["STS12"], tmp_path)
+    (tmp_path / SUMMARY).write_text("[]")
+    with pytest.raises(UserError, match=r"is no summary of scores"):
+        run_mteb(tmp_path, ["STS12"], tmp_path)

@@ -157,6 +157,24 @@ def test_a_missing_language_column_is_refused(tmp_path):
         open_data(data_params(tmp_path, dataset__language_column="lang"), TOKENIZER)
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_language_column_that_no_row_of_json_has_is_refused(tmp_path, suffix, streaming):
+    rows = [{"text": text, "language": "en", **({"id": 4} if i else {})} for i, text in enumerate(TEXTS[:5])]
+    lines = json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / f"train.{suffix}").write_text(lines)
+    how = {"dataset__streaming": streaming}
+    with pytest.raises(UserError, match=r"no column 'lang'\. Its columns are: text, language, id.*language_column"):
+        open_data(data_params(tmp_path, dataset__language_column="lang", **how), TOKENIZER)
+    open_data(data_params(tmp_path, dataset__language_column="language", **how), TOKENIZER)
+
+
+def test_a_document_must_have_room_beside_its_special_tokens(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", TEXTS[:5])
+    with pytest.raises(UserError, match=r"dataset\.max_seq_length 2 .* 2 special tokens"):
+        open_data(data_params(tmp_path, dataset__max_seq_length=2), TOKENIZER)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("value", [17, ["a", "b"], {"text": "x"}, True])
 def test_something_else_than_text_is_refused_with_its_row(tmp_path, value, workers):

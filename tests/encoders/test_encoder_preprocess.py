@@ -1,6 +1,9 @@
 """Tokenised data: the same documents under the same masks, recognised, and refused where they do not fit."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_from_disk
@@ -113,7 +116,6 @@ def test_tokenised_data_of_another_tokenizer_or_longer_documents_are_refused(cor
         open_data(params_of(corpus, "ids"), make_tokenizer(vocab_size=150))
     with pytest.raises(UserError, match=r"up to 64 tokens, dataset\.max_seq_length is 32"):
         open_data(params_of(corpus, "ids", dataset__max_seq_length=32), TOKENIZER)
-    open_data(params_of(corpus, "ids", dataset__max_seq_length=128), TOKENIZER)
     TOKENIZER(TEXTS[0], truncation=True, max_length=8, padding="max_length")  # leaves its mark on the tokenizer
     assert (
         "dataset.long_documents is not used"
@@ -121,6 +123,36 @@ def test_tokenised_data_of_another_tokenizer_or_longer_documents_are_refused(cor
     )
     with pytest.raises(UserError, match="is tokenised already"):
         preprocess(params_of(corpus, "ids"), corpus / "again", QUIET)
+
+
+@pytest.mark.parametrize("long_documents", ["split", "drop"])
+def test_a_longer_context_than_long_documents_were_cut_for_is_refused(corpus, long_documents):
+    preprocess(params_of(corpus, dataset__long_documents=long_documents), corpus / "ids", QUIET)
+    longer = {"dataset__max_seq_length": 128, "dataset__long_documents": long_documents}
+    with pytest.raises(UserError, match=r"2 documents .*Tokenise .*max_seq_length 128, or lower it to 64"):
+        open_data(params_of(corpus, "ids", **longer), TOKENIZER)
+    for name in ("train-0.jsonl", "train-1.parquet"):
+        (corpus / "corpus" / name).unlink()
+    write_jsonl(corpus / "corpus" / "train.jsonl", TEXTS[:10], language=LANGUAGES[:10])
+    preprocess(params_of(corpus, dataset__long_documents=long_documents), corpus / "ids", QUIET)
+    open_data(params_of(corpus, "ids", **longer), TOKENIZER)  # nothing was cut
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_rows_are_left_out_and_told(corpus, workers):
+    lines = (corpus / "corpus" / "train-0.jsonl").read_text().splitlines()
+    (corpus / "corpus" / "train-0.jsonl").write_text("\n".join([*lines[:5], "{", *lines[5:]]))
+    with pytest.raises(UserError, match=r"train-0\.jsonl line 6: not JSONL.*raise dataset\.max_bad_fraction"):
+        preprocess(params_of(corpus, dataset__num_workers=workers), corpus / "ids", QUIET)
+    assert not (corpus / "ids").exists()
+    console = Console(record=True, width=200)
+    params = params_of(corpus, dataset__num_workers=workers, dataset__max_bad_fraction=0.1)
+    told = preprocess(params, corpus / "ids", console)
+    assert told.counts["train"]["bad"] == 1
+    assert told.counts["train"]["documents"] == len(TEXTS) + 1
+    words = console.export_text()
+    assert "1 unreadable" in words
+    assert "train-0.jsonl line 6: not JSONL" in words
 
 
 def test_a_failure_leaves_what_was_there(corpus):
@@ -177,3 +209,41 @@ def test_a_data_set_is_tokenised_without_a_configuration(corpus):
     Dataset.from_dict({"text": TEXTS}).save_to_disk(corpus / "saved")
     again = tokenize_dataset(str(corpus / "saved"), corpus / "ids", str(corpus / "tokenizer"), 96, QUIET)
     assert set(again.counts) == {"train"}
+
+
+def script(corpus, *options):
+    """Run the standalone script in this process on the corpus of a test; what it told the console is shown."""
+    path = Path(__file__).parents[2] / "scripts" / "pretraining" / "tokenize_dataset.py"
+    given = ["--dataset", corpus / "corpus", "--output", corpus / "ids", "--tokenizer", corpus / "tokenizer", *options]
+    found = subprocess.run(
+        [sys.executable, str(path), *map(str, given)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=path.parents[2],
+    )
+    return found.returncode, found.stdout, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--max-length", 2, "--max-length: dataset.max_seq_length must be at least 32, got 2"),
+        ("--max-length", 0, "--max-length: dataset.max_seq_length must be at least 32"),
+        ("--max-length", -5, "--max-length: dataset.max_seq_length must be at least 32"),
+        ("--num-workers", -1, "--num-workers: dataset.num_workers must be at least 0"),
+        ("--max-bad-fraction", 1.5, "--max-bad-fraction: dataset.max_bad_fraction must be"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_their_names(corpus, option, value, words):
+    code, _, told = script(corpus, option, value)
+    assert code == 2
+    assert told.startswith(f"error: {words}")
+    assert len(told.splitlines()) == 1
+
+
+def test_the_script_takes_languages_and_says_nothing_of_libraries(corpus):
+    code, out, told = script(corpus, "--max-length", 64, "--language-column", "language")
+    assert (code, told) == (0, "")
+    assert f"train: {len(TEXTS)} documents read: 2 split, 1 empty;" in out
+    open_data(params_of(corpus, "ids"), TOKENIZER)

@@ -131,6 +131,95 @@ def test_a_resume_with_other_settings_is_refused(shards, tmp_path):
     loader(data_params(shards["jsonl"], dataset__num_workers=2, dataset__prefetch_factor=4), state)
 
 
+def spoil(directory: Path, every: int, first: int = 3) -> Path:
+    """Three shards of texts, of whose rows every so many cannot be read."""
+    texts = sentences(700)
+    for i in range(3):
+        path = write_jsonl(directory / f"train-{i}.jsonl", texts[i * 250 : (i + 1) * 250])
+        rows = path.read_text(encoding="utf-8").splitlines()
+        for row in range(first, len(rows), every):
+            rows[row] = '{"text": ' + ("7}" if row % 2 else "")
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return directory
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_unreadable_rows_are_passed_over_whoever_reads_and_after_a_resume(tmp_path, streaming, packed):
+    place = spoil(tmp_path / "data", 60)
+
+    def params(**changed):
+        how = {"dataset__streaming": streaming, "datacollator__pack_sequences": packed, **changed}
+        return data_params(place, dataset__max_bad_fraction=0.1, **how)
+
+    whole = loader(params())
+    batches = take(whole, 230)
+    assert whole.counts.bad > 13  # more than one epoch
+    assert len(whole.bad_rows) == 5
+    assert all("train-" in row and " line " in row for row in whole.bad_rows)
+    (tmp_path / "clean").mkdir()
+    write = sentences(700)
+    for i in range(3):
+        write_jsonl(tmp_path / "clean" / f"train-{i}.jsonl", write[i * 250 : (i + 1) * 250])
+    clean = {}
+    for batch in take(loader(data_params(tmp_path / "clean", trainer__per_device_train_batch_size=1)), 700):
+        clean[batch.keys[0]] = batch.input_ids_T.tolist()
+    single = loader(params(trainer__per_device_train_batch_size=1, datacollator__pack_sequences=False))
+    while not single.state().cursor.epoch:
+        batch = next(single)
+        if not single.state().cursor.epoch:  # the same key and the same masks as if no row were corrupt
+            assert clean[batch.keys[0]] == batch.input_ids_T.tolist()
+    cut = loader(params(dataset__num_workers=2))
+    assert all(map(equal, batches[:71], take(cut, 71)))
+    state = reload(cut, tmp_path)
+    cut.close()
+    resumed = loader(params(), state)
+    assert (resumed.counts, resumed.bad_rows) == (cut.counts, cut.bad_rows)
+    assert all(map(equal, batches[71:], take(resumed, 159)))
+    assert (resumed.counts, resumed.bad_rows) == (whole.counts, whole.bad_rows)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_unreadable_rows_than_are_allowed_end_the_run_which_goes_on_when_they_are(tmp_path, workers):
+    place = spoil(tmp_path / "data", 20, first=15)
+
+    def params(fraction: float):
+        return data_params(
+            place,
+            dataset__streaming=True,
+            dataset__shuffle_buffer_size=1,
+            dataset__num_workers=workers,
+            dataset__max_bad_fraction=fraction,
+        )
+
+    words = r"train-0\.jsonl line 16: .*\b12 of 250 rows .*4\.8%.*dataset\.max_bad_fraction 0\.01"
+    with pytest.raises(UserError, match=words):
+        next(loader(params(0.01)))
+    with pytest.raises(UserError, match=r"train-0\.jsonl line 16: .*max_bad_fraction 0 allows"):
+        next(loader(params(0.0)))
+    whole = take(loader(params(0.2)), 150)
+    cut = loader(params(0.2))
+    take(cut, 40)
+    assert all(map(equal, whole[40:], take(loader(params(0.3), reload(cut, tmp_path)), 110)))
+
+
+def test_few_rows_are_judged_at_the_end_of_the_data_and_none_is_allowed_to_be_corrupt_with_zero(tmp_path):
+    texts = sentences(20)
+    write_jsonl(tmp_path / "data" / "train.jsonl", [*texts[:5], 3, *texts[5:]])
+    params = data_params(tmp_path / "data", trainer__per_device_train_batch_size=1)
+    batches = loader(params)
+    take(batches, 20)
+    state = reload(batches, tmp_path)
+    with pytest.raises(UserError, match=r"train\.jsonl line 6: .*1 of 21 rows"):
+        next(batches)
+    single = {"trainer__per_device_train_batch_size": 1}
+    raised = loader(data_params(tmp_path / "data", dataset__max_bad_fraction=0.1, **single), state)
+    take(raised, 60)
+    assert raised.counts.bad == 4
+    with pytest.raises(UserError, match=r"train\.jsonl line 6: .*1 of 21 rows"):
+        next(loader(data_params(tmp_path / "data", dataset__max_bad_fraction=0.0)))
+
+
 @pytest.mark.parametrize("fault", ["missing", "cut", "version"])
 def test_a_state_that_is_not_whole_is_a_users_error(shards, tmp_path, fault):
     batches = loader(data_params(shards["jsonl"], datacollator__pack_sequences=True))

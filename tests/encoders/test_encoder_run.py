@@ -352,3 +352,16 @@ def test_documents_are_tokenised_once_where_that_is_asked_for(place):
     run_tiny(place, trainer__run_name="stored", **told)
     assert (place / "stored" / "pre_tokenized").is_dir()
     assert losses(place, "stored") == losses(place, "text"), "tokenised documents keep their masks"
+
+
+def test_a_stored_model_brings_its_tokenizer_and_refuses_another(place, tmp_path):
+    from encoder_data import make_tokenizer
+
+    model_dir = run_tiny(place).model_dir
+    told = {"model__name": str(model_dir), "trainer__output_dir": str(place / "second"), "trainer__max_steps": 1}
+    run_tiny(place, trainer__run_name="second", tokenizer__name=None, **told)
+    again = AutoTokenizer.from_pretrained(place / "second" / MODELS / "1" / "tokenizer")
+    assert again.get_vocab() == AutoTokenizer.from_pretrained(model_dir / "tokenizer").get_vocab()
+    make_tokenizer(tmp_path / "other", vocab_size=150)
+    with pytest.raises(UserError, match="another tokenizer than the one"):
+        run_tiny(place, overwrite=True, tokenizer__name=str(tmp_path / "other"), **told)

@@ -209,6 +209,45 @@ def test_a_corrupt_row_is_named_by_file_and_line(tmp_path, line, reason, streami
         read(tmp_path, dataset__streaming=streaming, dataset__num_workers=workers)
     assert f"train.jsonl line 6: {reason}" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    found, keys = read(
+        tmp_path, dataset__streaming=streaming, dataset__num_workers=workers, dataset__max_bad_fraction=0.2
+    )
+    assert found == ids(TEXTS[:9])
+    assert keys == [0, 1, 2, 3, 5, 6, 7, 8, 9]  # the row keeps its number
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_first_row_that_is_corrupt_hides_no_columns(tmp_path, streaming):
+    good = [json.dumps({"text": text, "lang": "en"}) for text in TEXTS[:9]]
+    (tmp_path / "train.jsonl").write_text("\n".join(["{", *good]))
+    how = {"dataset__streaming": streaming, "dataset__max_bad_fraction": 0.2, "dataset__language_column": "lang"}
+    assert read(tmp_path, **how)[0] == ids(TEXTS[:9])
+    (tmp_path / "train.jsonl").write_text("{\n{\n{")
+    with pytest.raises(UserError, match=r"train\.jsonl line 1: not JSONL"):
+        open_data(data_params(tmp_path, **how), TOKENIZER)
+
+
+def test_half_a_surrogate_pair_is_an_unreadable_text(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [*TEXTS[:4]])
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"text": "old \\ud83d man"}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl line 5: .*no Unicode"):
+        read(tmp_path)
+    assert read(tmp_path, dataset__max_bad_fraction=0.3)[0] == ids(TEXTS[:4])
+
+
+def test_a_long_field_of_a_csv_file_is_read(tmp_path):
+    text = "the red boat " * 12_000
+    found, _ = read(write("csv", tmp_path, [text]))
+    assert len(found) == 1  # the first of its pieces
+    assert found[0][:3] == token_ids(text)[:3]
+
+
+def test_a_quote_that_is_not_closed_ends_the_run_since_it_may_hide_rows(tmp_path):
+    (tmp_path / "train.csv").write_text("id,text\n" + "".join(f"{i},old man\n" for i in range(200)) + '200,a "b\n3,c\n')
+    with pytest.raises(UserError, match=r"train\.csv line 202: .*quote") as caught:
+        read(tmp_path, dataset__max_bad_fraction=0.5)
+    assert "max_bad_fraction" not in str(caught.value)
 
 
 @pytest.mark.parametrize("streaming", [True, False])

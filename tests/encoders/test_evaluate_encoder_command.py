@@ -97,6 +97,9 @@ def test_a_task_of_ones_own_is_described_by_its_columns(run, encoder, tmp_path):
         (("--columns", "a"), "--columns needs --data"),
         (("--task", "rte", "--seeds", "0,x"), "--seeds 0,x: give whole numbers"),
         (("--task", "rte", "--seeds", "1,1"), "twice"),
+        (("--task", "rte", "--seeds=-1"), "--seeds -1: give numbers from 0 to 4294967295"),
+        (("--task", "rte", "--seeds", "4294967296"), "give numbers from 0 to 4294967295"),
+        (("--task", "rte", "--overwrite"), "name it by -o"),
     ],
 )
 def test_options_of_glue_that_cannot_work_are_refused_before_anything_is_loaded(run, arguments, message):
@@ -147,7 +150,10 @@ def test_retrieval_and_sts_show_their_figures(run, encoder, tmp_path):
     (tmp_path / "task" / "qrels.tsv").write_text("q\t3\t1\n")
     found = run("retrieval", encoder, "--data", tmp_path / "task", "--pooling", "mean", "-o", tmp_path / "r.json")
     assert found.status == 0, found.err
-    figures = json.loads((tmp_path / "r.json").read_text())["figures"][str(tmp_path / "task")]
+    stored = json.loads((tmp_path / "r.json").read_text())
+    settings = {"pooling": "mean", "query_prefix": "", "document_prefix": "", "max_length": 48, "split": "test"}
+    assert stored["settings"] == {**settings, "query_max_length": None, "normalize": True}
+    figures = stored["figures"][str(tmp_path / "task")]
     assert figures["recall_at_1"] == 1  # the query is the document
 
     rows = [{"sentence1": captions()[i], "sentence2": captions()[j], "score": int(i == j)} for i, j in ((1, 1), (1, 9))]
@@ -167,3 +173,63 @@ def test_help_names_every_measure(run):
     found = run("--help")
     for name in ("glue", "pseudo-perplexity", "retrieval", "sts", "mteb"):
         assert name in found.out
+    summaries = found.out.partition("Commands:\n")[2].splitlines()
+    assert summaries
+    assert not [line for line in summaries if line.endswith("...")]
+
+
+@pytest.mark.parametrize("command", ["glue", "pseudo-perplexity", "retrieval", "sts", "mteb"])
+def test_help_shows_an_example(run, command):
+    assert f"Example:\n    inft evaluate-encoder {command} " in run(command, "--help").out
+
+
+COMMANDS = {
+    "glue": ("no-such-model", "--task", "rte"),
+    "pseudo-perplexity": ("no-such-model", "texts.txt"),
+    "retrieval": ("no-such-model", "--data", "task"),
+    "sts": ("no-such-model", "--data", "pairs.tsv"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, command):
+    (tmp_path / "there.json").write_text("{}")
+    for output, words in ((tmp_path, "is a directory"), (tmp_path / "there.json", "--overwrite"),
+                          (tmp_path / "there.json" / "x.json", "is a file, not a directory")):  # fmt: skip
+        found = run(command, *COMMANDS[command], "-o", output)
+        assert found.status == 2
+        assert words in found.err
+    assert "--overwrite" not in run(command, *COMMANDS[command], "-o", tmp_path / "there.json", "--overwrite").err
+
+
+@pytest.mark.parametrize("command", ["retrieval", "sts"])
+def test_all_data_are_read_before_the_first_are_embedded(run, tmp_path, command):
+    first = write_rows(tmp_path / "a.jsonl", [{"sentence1": "a", "sentence2": "b", "score": n} for n in (1, 2)])
+    if command == "retrieval":
+        first = tmp_path
+        write_rows(tmp_path / "corpus.jsonl", [{"_id": "d", "text": "a"}])
+        write_rows(tmp_path / "queries.jsonl", [{"_id": "q", "text": "a"}])
+        (tmp_path / "qrels.tsv").write_text("q\td\t1\n")
+    found = run(command, "no-such-model", "--data", first, "--data", tmp_path / "missing.jsonl")
+    assert found.status == 2
+    assert "missing.jsonl" in found.err
+
+
+def test_all_tasks_are_read_before_the_first_is_learned(run, encoder, tmp_path):
+    task_files(tmp_path / "rte")
+    found = run("glue", encoder, "--task", "rte", "--task", "cola", "--data", tmp_path, "--epochs", 1, "--seeds", 0)
+    assert found.status == 2
+    assert "seed 0" not in found.err
+
+
+def test_a_runs_directory_means_its_newest_model(run, tmp_path):
+    for step in (90, 100):
+        tiny_stored_encoder(tmp_path / "run" / "model_checkpoints" / str(step), seed=step)
+    (tmp_path / "texts.txt").write_text("A red circle.\n")
+    found = run("pseudo-perplexity", tmp_path / "run", tmp_path / "texts.txt", "-o", tmp_path / "s.json")
+    assert found.status == 0, found.err
+    newest = str(tmp_path / "run" / "model_checkpoints" / "100")
+    assert json.loads((tmp_path / "s.json").read_text())["model"] == newest
+    assert "the newest of" in found.err
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    assert "stored no model yet" in run("pseudo-perplexity", tmp_path / "empty", tmp_path / "texts.txt").err

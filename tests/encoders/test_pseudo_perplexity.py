@@ -8,15 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_text_encoders import POSITIONS, captions, tiny_masked_lm, tiny_tokenizer
+from tiny_pairs import tokenizer as word_tokenizer
+from tiny_text_encoders import POSITIONS, captions, tiny_masked_lm, tiny_stored_encoder, tiny_tokenizer
 
 from inft.encoders.evaluation.pseudo_perplexity import (
     ScoredDocument,
     corpus_scores,
     perplexity,
+    perplexity_table,
     save_scores,
     score_documents,
 )
+from inft.encoders.stored import load_masked_lm
+from inft.models.neobert import NeoBERTConfig, NeoBERTForMaskedLM
 from params.errors import UserError
 
 torch.set_num_threads(1)
@@ -125,3 +129,42 @@ def test_a_tokenizer_without_a_mask_token_is_refused(model, tokenizer, tmp_path:
 def test_a_length_without_room_is_refused(model, tokenizer):
     with pytest.raises(UserError, match="no room"):
         score_documents(model, tokenizer, TEXTS, max_length=2)
+
+
+def test_special_tokens_that_stand_in_a_text_are_scored_as_letters(model, tokenizer):
+    found = score_documents(model, tokenizer, ["A [MASK] circle [SEP]."], max_length=POSITIONS)[0]
+    letters = tokenizer("A [MASK] circle [SEP].", split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    assert tokenizer.mask_token_id not in letters
+    assert found.tokens == len(letters)
+
+
+def test_the_share_of_unknown_tokens_is_shown(tmp_path: Path):
+    words = word_tokenizer()
+    documents = score_documents(tiny_masked_lm(len(words)), words, ["red cat", "red zebra xyz gnu"], max_length=16)
+    assert [document.unknown for document in documents] == [0, 3]
+    scores = corpus_scores(documents)
+    assert scores["all"].unknown == pytest.approx(3 / 6)
+    table = perplexity_table(scores)
+    assert list(table.columns[3].cells) == ["50.00%"]
+    assert table.columns[3].header == "unknown"
+    save_scores(tmp_path / "scores.json", documents, settings={})
+    assert json.loads((tmp_path / "scores.json").read_text())["corpora"]["all"]["unknown"] == pytest.approx(0.5)
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path: Path):
+    save_scores(tmp_path / "s.json", [ScoredDocument(log_likelihood=-1e9, tokens=1, pieces=1)], settings={})
+    text = (tmp_path / "s.json").read_text()
+    assert "Infinity" not in text
+    assert json.loads(text)["corpora"]["all"]["perplexity"] is None
+
+
+def test_an_encoder_without_a_masked_lm_head_is_refused(tokenizer, tmp_path: Path):
+    stored = tiny_stored_encoder(tmp_path / "pretrained")
+    assert load_masked_lm(str(stored)).config.tie_word_embeddings
+    tiny_masked_lm().model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(UserError, match="without a masked-LM head"):
+        load_masked_lm(str(tmp_path / "headless"))
+    untied = tiny_masked_lm()
+    config = NeoBERTConfig(**{**untied.config.to_dict(), "tie_word_embeddings": False})
+    NeoBERTForMaskedLM(config).save_pretrained(tmp_path / "untied")
+    assert not load_masked_lm(str(tmp_path / "untied")).config.tie_word_embeddings

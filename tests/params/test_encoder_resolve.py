@@ -193,3 +193,13 @@ def test_a_stored_configuration_reads_back_equal(tmp_path_factory, steps, lr, na
     file = tmp_path_factory.mktemp("stored") / "config.yaml"
     file.write_text(dump_encoder_yaml(params), encoding="utf-8")
     assert load_encoder_params(file) == params
+
+
+def test_a_stored_model_brings_its_own_architecture():
+    assert "model.hidden_size: stored brings its own" in refusal("--model.name", "stored", "--model.hidden_size", "999")
+    assert resolved("--model.name", "stored", "--model.attn_backend", "sdpa").model.name == "stored"
+
+
+def test_a_seed_is_what_numpy_takes():
+    assert "below 4,294,967,296" in refusal("--seed", str(2**32))
+    assert resolved("--seed", str(2**32 - 1)).seed == 2**32 - 1

@@ -3,6 +3,7 @@
 Axes: B rows, N hard negatives of all rows, P positives that a row has, 2 kinds of key: of the text and of its tokens.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class ContrastiveBatch:
     query_keys_B2: Tensor
     positive_keys_B2: Tensor
     negative_keys_N2: Tensor
-    known_keys_BP: Tensor  # texts that answer the query, drawn or not, and the query itself
+    known_keys_BP2: Tensor  # texts that answer the query, drawn or not, and the query itself
     source: str
     simcse: bool = False  # positives are the queries
 
@@ -92,6 +93,16 @@ class ContrastiveBatches:
         """Passes over all rows so far."""
         return self.mixture.epochs(self.at)
 
+    @property
+    def notices(self) -> list[str]:
+        """What is smaller than was asked for."""
+        wanted = self.mixture.batch_rows
+        return [
+            f"source {source.name} has {source.rows} rows: its batches have {source.rows} rows, not {wanted}."
+            for source in self.sources
+            if source.rows < wanted
+        ]
+
     def batch(self, number: int) -> ContrastiveBatch:
         """Return a batch: the same one whenever it is asked for."""
         place = self.mixture.place(number)
@@ -115,12 +126,16 @@ def hard_negatives(params: EncoderParams) -> int:
 
 
 def evaluation_batches(sources: Sequence[PairRows], params: EncoderParams) -> Iterator[ContrastiveBatch]:
-    """Yield the held-out rows in their order, each in one batch, with the same positives and negatives every time."""
+    """Yield the held-out rows in their order, each in one batch, with the same positives and negatives every time.
+
+    The batches of a source differ by one row at most: a last one of few rows would be easier than the others.
+    """
     draws = BatchDraws(seed=params.seed, max_negatives=hard_negatives(params))
     size = params.trainer.per_device_eval_batch_size
     for place, source in enumerate(sources):
-        for start in range(0, source.rows, size):
-            numbers = range(start, min(start + size, source.rows))
+        batches = math.ceil(source.rows / size)
+        bounds = [math.ceil(source.rows * number / batches) for number in range(batches + 1)]
+        for numbers in map(range, bounds, bounds[1:]):
             rows = [source.pairs.row(source.first + number) for number in numbers]
             yield pair_batch(rows, [(place, 0, number) for number in numbers], source.name, draws)
 
@@ -129,24 +144,23 @@ def pair_batch(
     rows: Sequence[TokenizedRow], numbers: Sequence[tuple[int, int, int]], source: str, draws: BatchDraws
 ) -> ContrastiveBatch:
     """Return the batch of some rows: a positive of each and its hard negatives, drawn by (source, epoch, row)."""
-    positives, positive_keys, negatives, negative_keys = [], [], [], []
+    positives, chosen, negatives, negative_keys = [], [], [], []
     for row, number in zip(rows, numbers, strict=True):
         generator = keyed(draws.seed, Draw.TEXTS, *number)
-        chosen = int(generator.integers(len(row.positives)))
-        positives.append(row.positives[chosen])
-        positive_keys.append(row.positive_keys[chosen])
+        chosen.append(int(generator.integers(len(row.positives))))
+        positives.append(row.positives[chosen[-1]])
         for place in _drawn(len(row.negatives), draws.max_negatives, generator):
             negatives.append(row.negatives[place])
             negative_keys.append(row.negative_keys[place])
-    queries = [row.query for row in rows]
+    known_keys_BP2 = _known(rows)
     return ContrastiveBatch(
-        queries=queries,
+        queries=[row.query for row in rows],
         positives=positives,
         negatives=negatives,
-        query_keys_B2=_keys([row.query_key for row in rows], queries),
-        positive_keys_B2=_keys(positive_keys, positives),
+        query_keys_B2=known_keys_BP2[:, 0],
+        positive_keys_B2=known_keys_BP2[torch.arange(len(rows)), torch.tensor(chosen) + 1],
         negative_keys_N2=_keys(negative_keys, negatives),
-        known_keys_BP=_known(rows),
+        known_keys_BP2=known_keys_BP2,
         source=source,
     )
 
@@ -162,7 +176,7 @@ def simcse_batch(rows: Sequence[TokenizedRow], source: str) -> ContrastiveBatch:
         query_keys_B2=keys_B2,
         positive_keys_B2=keys_B2,
         negative_keys_N2=keys_B2[:0],
-        known_keys_BP=keys_B2[:, :1],
+        known_keys_BP2=keys_B2.unsqueeze(1),
         source=source,
         simcse=True,
     )
@@ -186,5 +200,7 @@ def _keys(text_keys: Sequence[int], texts: Texts) -> Tensor:
 
 
 def _known(rows: Sequence[TokenizedRow]) -> Tensor:
-    keys = [torch.tensor([row.query_key, *row.positive_keys], dtype=torch.int64) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(keys, batch_first=True)
+    """int64 [rows, P, 2]: the query's keys, then those of its positives in their order."""
+    text_keys = [key for row in rows for key in (row.query_key, *row.positive_keys)]
+    keys_K2 = _keys(text_keys, [text for row in rows for text in (row.query, *row.positives)])
+    return torch.nn.utils.rnn.pad_sequence(keys_K2.split([1 + len(row.positives) for row in rows]), batch_first=True)

@@ -1,16 +1,18 @@
 """Contrastive fine-tuning of a text encoder: what a run of this task is made of."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from craft.distributed import sum_over_ranks
 from craft.hooks import unwrap
 from inft.encoders.build import load_tokenizer
 from inft.encoders.contrastive.batches import ContrastiveBatch, ContrastiveBatches
@@ -18,9 +20,9 @@ from inft.encoders.contrastive.encode import Dropout, TextEncoder
 from inft.encoders.contrastive.export import EmbeddingSettings, add_sentence_transformers_files
 from inft.encoders.contrastive.heldout import HeldOut
 from inft.encoders.contrastive.load import build_encoder
-from inft.encoders.contrastive.objective import contrastive_loss
-from inft.encoders.contrastive.sources import PairSources, locate_sources, open_sources
-from inft.encoders.guards import weights_get_gradients
+from inft.encoders.contrastive.objective import contrasted_rows, contrastive_loss
+from inft.encoders.contrastive.sources import PairSources, check_places, locate_sources, open_sources
+from inft.encoders.guards import rows_are_contrasted, tokens_are_known, weights_get_gradients
 from inft.encoders.loop import Loss
 from inft.encoders.run import EncoderResult, Parts, run_encoder
 from inft.training.guards import GuardResult
@@ -44,11 +46,14 @@ def build(params: EncoderParams, console: Console) -> Parts:
     tokenizer = load_tokenizer(params)
     if tokenizer.pad_token_id is None:
         raise UserError(f"tokenizer.name {params.tokenizer.name} has no padding token: choose another.")
+    check_places(params)
+    model = build_encoder(params, tokenizer)  # before the rows are tokenised, which can take hours
     located = on_main(lambda: locate_sources(params, tokenizer, console))
     data = open_sources(params, tokenizer, located)
-    console.print(data.describe(), highlight=False, markup=False, soft_wrap=True)
-    model = build_encoder(params, tokenizer)
-    return Parts(tokenizer=tokenizer, model=model, task=PairsTask(params, data, model, tokenizer))
+    task = PairsTask(params, data, model, tokenizer)
+    for line in (data.describe(), *task.batches.notices):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return Parts(tokenizer=tokenizer, model=model, task=task)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,16 @@ class PairsTask:
         return self.batches.epoch
 
     @property
+    def counts(self) -> Mapping[str, int]:
+        """Nothing: rows are counted when they are tokenised."""
+        return {}
+
+    @property
+    def bad_rows(self) -> Sequence[str]:
+        """None: a bad row ends preprocessing."""
+        return ()
+
+    @property
     def description(self) -> Mapping[str, Any]:
         """The sources in plain values."""
         return self.data.description
@@ -115,11 +130,32 @@ class PairsTask:
         return Loss(sum=found.losses_B.sum(), counts={"in_batch_accuracy": found.correct_B.sum()})
 
     def guards(self, model: nn.Module, batch: ContrastiveBatch) -> Iterator[GuardResult]:
-        """Every weight that texts pass through gets a gradient."""
-        yield weights_get_gradients(model, batch, self.loss)
+        """The tokenizer knows the texts, rows are contrasted, weights get gradients; a failure ends the checks.
 
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing."""
+        The first two are about all processes together: what one of them ends on, all end on.
+        """
+        device = next(model.parameters()).device
+        unknown = self.tokenizer.unk_token_id
+        contrasted = int(contrasted_rows(batch, self.params.contrastive, device).sum())
+        counts = [*self._words(batch), contrasted, len(batch)]
+        unknowns, words, everywhere, rows = sum_over_ranks(torch.tensor(counts, device=device)).tolist()
+        known = tokens_are_known(None if unknown is None else unknowns, words)
+        yield known
+        if not known.ok:
+            return
+        yield rows_are_contrasted(everywhere, rows)
+        if not everywhere:
+            return
+        found = weights_get_gradients(model, batch, self.loss)
+        if contrasted:  # a process whose rows have no negative has no gradient of its own
+            yield found
+
+    def _words(self, batch: ContrastiveBatch) -> tuple[int, int]:
+        """How many tokens of the texts are unknown, and how many there are beside those that every text has."""
+        tokens_T = np.concatenate([*batch.queries, *batch.positives, *batch.negatives])
+        unknown_T = tokens_T == self.tokenizer.unk_token_id  # nowhere without such a token
+        added_T = np.isin(tokens_T, self.tokenizer.all_special_ids)
+        return int(unknown_T.sum()), int((unknown_T | ~added_T).sum())
 
     def add_files(self, model: PreTrainedModel, directory: Path) -> None:
         """Put beside a stored model what sentence-transformers needs."""

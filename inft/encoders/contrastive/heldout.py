@@ -3,6 +3,7 @@
 Axes: Q queries, N documents, D embedding size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -38,33 +39,40 @@ class HeldOut:
         self.queries: Texts = []
         self.documents: Texts = []
         self.relevant: list[dict[int, float]] = []  # of each query: place of the document -> grade
+        self.own: list[set[int]] = []  # of each query: documents that are the query itself, and do not answer it
         self._collect(sources, sum(len(batch) for batch in self.batches))
 
     def figures(self, encoder: TextEncoder) -> dict[str, Any]:
         """Return loss, in-batch accuracy (positive above all negatives), tokens, loss by source, recall, nDCG and MRR.
 
-        Every process calls it and gets the same. The encoder's model is plain, in eval mode.
+        Loss and accuracy are means over the rows that have a negative; nan where none has. Every process calls it and
+        gets the same. The encoder's model is plain, in eval mode.
         """
         names = sorted({batch.source for batch in self.batches})
         device = next(encoder.model.parameters()).device
-        sums_S4 = torch.zeros(len(names), 4, dtype=torch.float64, device=device)  # loss, correct, rows, tokens
+        sums_S4 = torch.zeros(len(names), 4, dtype=torch.float64, device=device)
         for batch in self.batches[self.rank :: self.world_size]:
             sums_S4[names.index(batch.source)] += _sums(encoder, batch, self.objective)
         sums_S4 = sum_over_ranks(sums_S4)
         loss, correct, rows, tokens = sums_S4.sum(0).tolist()
         return {
-            "loss": loss / rows,
-            "in_batch_accuracy": correct / rows,
+            "loss": loss / rows if rows else math.nan,
+            "in_batch_accuracy": correct / rows if rows else math.nan,
             "tokens": int(tokens),
             "languages": {},
-            "sources": {name: float(s[0] / s[2]) for name, s in zip(names, sums_S4, strict=True)},
+            "sources": {name: float(s[0] / s[2]) for name, s in zip(names, sums_S4, strict=True)},  # 0 / 0 is nan
             **self._retrieval(encoder),
         }
 
     def _retrieval(self, encoder: TextEncoder) -> dict[str, float]:
         queries_QD, documents_ND = (self._embed(encoder, texts) for texts in (self.queries, self.documents))
-        _, places_QK = top_documents(queries_QD, documents_ND.split(2**16), DEPTH)
-        return ranking_figures(places_QK.tolist(), self.relevant)
+        spare = max(map(len, self.own), default=0)
+        _, places_QK = top_documents(queries_QD, documents_ND.split(2**16), DEPTH + spare)
+        ranked = [
+            [place for place in places if place not in own]
+            for places, own in zip(places_QK.tolist(), self.own, strict=True)
+        ]
+        return ranking_figures(ranked, self.relevant)
 
     def _embed(self, encoder: TextEncoder, texts: Texts) -> Tensor:
         """The vectors of texts, shared out over the processes in pieces of similar length, in the texts' order."""
@@ -93,6 +101,12 @@ class HeldOut:
                 self.relevant[query][_place(key, text, documents, self.documents)] = 1.0
             for key, text in zip(row.negative_keys, row.negatives, strict=True):
                 _place(key, text, documents, self.documents)
+        same: dict[bytes, set[int]] = {}
+        for place, text in enumerate(self.documents):
+            same.setdefault(text.tobytes(), set()).add(place)
+        for (key, query), text in zip(queries.items(), self.queries, strict=True):
+            equal = same.get(text.tobytes(), set()) | ({documents[key]} if key in documents else set())
+            self.own.append(equal - self.relevant[query].keys())
 
 
 def _place(key: int, text: Any, places: dict[int, int], texts: Texts) -> int:
@@ -103,6 +117,8 @@ def _place(key: int, text: Any, places: dict[int, int], texts: Texts) -> int:
 
 
 def _sums(encoder: TextEncoder, batch: ContrastiveBatch, objective: Any) -> Tensor:
+    """Loss, correct and rows of those that have a negative; tokens of all."""
     found = contrastive_loss(encoder, batch, objective)
-    values = [found.losses_B.double().sum(), found.correct_B.sum()]
-    return torch.stack([*values, values[1].new_tensor(len(batch)), values[1].new_tensor(batch.tokens)])
+    rows_B = found.contrasted_B
+    values = [found.losses_B.double()[rows_B].sum(), found.correct_B[rows_B].sum(), rows_B.sum()]
+    return torch.stack([value.double() for value in [*values, values[2].new_tensor(batch.tokens)]])

@@ -15,6 +15,7 @@ from inft.encoders.build import ARCHITECTURE
 from inft.encoders.contrastive.encode import longest_text
 from inft.models.loading import local_source
 from inft.models.neobert import NeoBERTConfig, NeoBERTModel
+from inft.models.neobert_attention import check_backend
 from inft.models.neobert_import import load_published
 from params.encoder import EncoderParams
 from params.errors import UserError
@@ -25,6 +26,8 @@ def build_encoder(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> 
 
     Errors: UserError where vocabulary or context do not fit, and for weights that cannot be loaded.
     """
+    cuda, half = torch.cuda.is_available(), params.trainer.mixed_precision == "bf16"
+    check_backend(params.model.attn_backend, "cuda" if cuda else "cpu", torch.bfloat16 if half else torch.float32)
     if params.model.name is None:
         fields = {name: getattr(params.model, name) for name in ARCHITECTURE}
         model: PreTrainedModel = NeoBERTModel(NeoBERTConfig(**fields, pad_token_id=tokenizer.pad_token_id))
@@ -32,6 +35,11 @@ def build_encoder(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> 
         model = load_encoder(params.model.name, attn_backend=params.model.attn_backend)
     check_fit(model, tokenizer, max(params.dataset.max_seq_length, params.contrastive.query_max_length or 0))
     if params.trainer.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(
+                f"model {params.model.name} cannot compute activations again: set trainer.gradient_checkpointing to "
+                "false; contrastive.gradcache_chunk_size saves memory, too."
+            )
         model.gradient_checkpointing_enable({"use_reentrant": False})
     _compile(model, params)
     return model.float().train()

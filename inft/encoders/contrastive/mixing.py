@@ -82,19 +82,24 @@ class Mixture:
 
     def epochs(self, batch: int) -> float:
         """Return how often the rows of all sources have been gone through, on average, before a batch."""
-        return batch * self.batch_rows / sum(self.sizes)
+        rows_S = np.minimum(self.sizes, self.batch_rows)  # of a batch
+        return float(self._drawn(batch) @ rows_S) / sum(self.sizes)
 
     def _source(self, batch: int) -> tuple[int, int]:
         """A batch's source, and how many earlier batches had the same."""
+        earlier_S = self._drawn(batch)
+        source = int(self._block[1][batch % BLOCK])
+        return source, int(earlier_S[source])
+
+    def _drawn(self, batch: int) -> np.ndarray:
+        """How many batches before this one each source has had; `_block` is then this batch's."""
         block, within = divmod(batch, BLOCK)
         while len(self._before) <= block:
             drawn = self._draw(len(self._before) - 1)
             self._before.append(self._before[-1] + np.bincount(drawn, minlength=len(self.sizes)))
         if self._block[0] != block:
             self._block = (block, self._draw(block))
-        drawn = self._block[1]
-        source = int(drawn[within])
-        return source, int(self._before[block][source] + np.count_nonzero(drawn[:within] == source))
+        return self._before[block] + np.bincount(self._block[1][:within], minlength=len(self.sizes))
 
     def _draw(self, block: int) -> np.ndarray:
         if len(self.sizes) == 1:

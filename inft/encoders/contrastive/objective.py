@@ -1,13 +1,13 @@
 """The contrastive loss of a batch: InfoNCE with hard negatives, duplicates left out, GradCache, all processes.
 
-Axes: B rows of this process, M rows and N hard negatives of all processes, D embedding size.
+Axes: B rows of this process, M rows and N hard negatives of all processes, P texts that a row knows, D embedding size.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from craft.distributed import gather_ids, gather_rows
@@ -25,6 +25,7 @@ class ContrastiveLoss:
 
     losses_B: Tensor  # float32, with gradient
     correct_B: Tensor  # bool: the positive is more similar than every negative
+    contrasted_B: Tensor  # bool: the row has at least one negative
 
 
 def contrastive_loss(encoder: TextEncoder, batch: ContrastiveBatch, params: ContrastiveParams) -> ContrastiveLoss:
@@ -75,11 +76,12 @@ def embedding_loss(
     """Return the loss of each row from the embeddings of this process; a pure function but for the gathering.
 
     A column is no negative of a row when the two rows share a text, or when it is one of the row's other positives; a
-    hard negative is none where it equals the row's query or one of its positives.
+    hard negative is none where it equals the row's query or one of its positives. In the symmetric form a query is no
+    negative of a text that is one of this query's positives.
     """
     device = queries_BD.device
     ids_B3 = [_sample_ids(batch, kind).to(device) for kind in (0, 1)]
-    known_BP = batch.known_keys_BP.to(device)
+    known_BP2 = batch.known_keys_BP2.to(device)
     keys = [key.to(device) for key in (batch.positive_keys_B2, batch.negative_keys_N2)]
     gather = params.gather_negatives
     if not params.hard_negative_weight:
@@ -88,24 +90,33 @@ def embedding_loss(
     negatives_ND = gather_rows(negatives_ND)[0] if gather else negatives_ND
     ids_M3 = [gather_ids(ids) if gather else ids for ids in ids_B3]
     positive_M2, negative_N2 = (gather_ids(key) if gather else key for key in keys)
-    excluded_BM = _known(known_BP, positive_M2[:, 0])
-    for rows, columns in zip(ids_B3, ids_M3, strict=True):
-        excluded_BM |= duplicates(rows, columns)
-    all_queries_MD = None
+    same_BM = torch.stack([duplicates(rows, columns) for rows, columns in zip(ids_B3, ids_M3, strict=True)]).any(0)
+    all_queries_MD = excluded_back_BM = None
     if params.loss_type == "symmetric":
         all_queries_MD = gather_rows(queries_BD)[0] if gather else queries_BD
+        known_MP2 = _gather_known(known_BP2) if gather else known_BP2
+        excluded_back_BM = same_BM | _known(known_MP2, keys[0]).T
     found = info_nce(
         queries_BD,
         positives_MD,
         temperature=params.temperature,
         offset=offset,
-        excluded_BM=excluded_BM,
+        excluded_BM=same_BM | _known(known_BP2, positive_M2),
         negatives_ND=negatives_ND,
-        excluded_BN=_known(known_BP, negative_N2[:, 0]) | _same_tokens(batch, negative_N2[:, 1]),
+        excluded_BN=_known(known_BP2, negative_N2),
         negative_weight=params.hard_negative_weight or 1.0,  # without any, the weight does not matter
         all_anchors_MD=all_queries_MD,
+        excluded_back_BM=excluded_back_BM,
     )
-    return ContrastiveLoss(losses_B=found.losses_B, correct_B=found.correct_B)
+    return ContrastiveLoss(losses_B=found.losses_B, correct_B=found.correct_B, contrasted_B=found.contrasted_B)
+
+
+@torch.no_grad()
+def contrasted_rows(batch: ContrastiveBatch, params: ContrastiveParams, device: torch.device) -> Tensor:
+    """Return bool [B]: which rows have a negative, for which no text has to be encoded."""
+    sides = (batch.queries, batch.positives, batch.negatives)
+    queries_B1, positives_B1, negatives_N1 = (torch.ones(len(texts), 1, device=device) for texts in sides)
+    return embedding_loss(queries_B1, positives_B1, negatives_N1, batch, params).contrasted_B
 
 
 def _sample_ids(batch: ContrastiveBatch, kind: int) -> Tensor:
@@ -114,14 +125,18 @@ def _sample_ids(batch: ContrastiveBatch, kind: int) -> Tensor:
     return torch.stack([torch.zeros_like(query_B), query_B, positive_B], dim=1)
 
 
-def _known(known_BP: Tensor, keys_N: Tensor) -> Tensor:
-    """bool [B, N]: the column's text is one of the row's known texts."""
-    found_BN = torch.zeros(len(known_BP), len(keys_N), dtype=torch.bool, device=keys_N.device)
-    for known_B in known_BP.unbind(1):
-        found_BN |= (known_B.unsqueeze(1) == keys_N) & (known_B != 0).unsqueeze(1)
+def _known(known_BP2: Tensor, keys_N2: Tensor) -> Tensor:
+    """bool [B, N]: the column's text, or one of the same tokens, is one of the row's known texts."""
+    found_BN = torch.zeros(len(known_BP2), len(keys_N2), dtype=torch.bool, device=keys_N2.device)
+    for known_B2 in known_BP2.unbind(1):
+        for known_B, keys_N in zip(known_B2.unbind(1), keys_N2.unbind(1), strict=True):
+            found_BN |= (known_B.unsqueeze(1) == keys_N) & (known_B != 0).unsqueeze(1)
     return found_BN
 
 
-def _same_tokens(batch: ContrastiveBatch, keys_N: Tensor) -> Tensor:
-    sides: Sequence[Tensor] = (batch.query_keys_B2[:, 1], batch.positive_keys_B2[:, 1])
-    return _known(torch.stack(list(sides), dim=1).to(keys_N.device), keys_N)
+def _gather_known(known_BP2: Tensor) -> Tensor:
+    """The known texts of the rows of all processes, padded to as many as the row with most has."""
+    width = known_BP2.shape[1]
+    most = int(gather_ids(known_BP2.new_tensor([[width]])).max())
+    padded_BP2 = F.pad(known_BP2, (0, 0, 0, most - width))
+    return gather_ids(padded_BP2.flatten(1)).unflatten(1, (most, 2))

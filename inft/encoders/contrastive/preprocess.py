@@ -36,7 +36,8 @@ def preprocess_contrastive(
         note = tokenize_source(path, output / name, tokenizer, how).note
         console.print(
             f"{name}: {note['rows']:,} rows, {note['texts']:,} texts, {note['tokens']:,} tokens; {note['at_limit']:,} "
-            "texts are as long as allowed and may be cut",
+            "texts are as long as allowed and may be cut"
+            + (f"; fields that are not read: {', '.join(note['unread'])}" if note["unread"] else ""),
             highlight=False,
             soft_wrap=True,
         )

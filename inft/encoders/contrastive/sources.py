@@ -1,5 +1,6 @@
 """The named sources of a run: found, tokenised where they are raw, and a few rows of each kept for evaluation."""
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from inft.encoders.contrastive.rows import EVALUATION_NAMES, evaluation_files
+from inft.encoders.contrastive.rows import EVALUATION_NAMES, evaluation_files, file_stem, is_glob, row_files
 from inft.encoders.contrastive.tokenized import (
     NOTE,
     Tokenization,
     TokenizedPairs,
+    check_intact,
     check_tokenization,
     tokenize_source,
 )
@@ -28,6 +30,9 @@ class PairRows:
     first: int
     rows: int
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.rows:,} ({self.pairs.with_negatives(self.first, self.rows):,} with negatives)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairSources:
@@ -39,9 +44,7 @@ class PairSources:
 
     def describe(self) -> str:
         """One line for the console."""
-        trained, held = (
-            ", ".join(f"{source.name} {source.rows:,}" for source in sources) for sources in (self.train, self.heldout)
-        )
+        trained, held = (", ".join(map(str, sources)) for sources in (self.train, self.heldout))
         unused = f"; neither trained on nor evaluated: {', '.join(self.unused)}" if self.unused else ""
         return f"rows: {trained}; held out: {held or 'none, so there is no evaluation'}{unused}"
 
@@ -83,10 +86,23 @@ def locate_sources(params: EncoderParams, tokenizer: Any, console: Console) -> d
     for name, path in found.items():
         located[name] = str(path)
         if not (path / NOTE).is_file():
-            output = work / (f"eval-{path.resolve().stem}" if name == split else name)
+            output = work / (f"eval-{file_stem(path)}" if name == split else name)
             console.print(f"{name}: rows of {path}, their tokens in {output}", highlight=False, soft_wrap=True)
-            located[name] = str(tokenize_source(path, output, tokenizer, how).directory)
+            pairs = tokenize_source(path, output, tokenizer, how)
+            located[name] = str(pairs.directory)
+            if pairs.note["unread"]:
+                unread = ", ".join(pairs.note["unread"])
+                console.print(f"{name}: fields that are not read: {unread}", highlight=False, soft_wrap=True)
+        else:
+            check_intact(path)
     return located
+
+
+def check_places(params: EncoderParams) -> None:
+    """UserError when there are no rows where the parameters look for them; nothing is read."""
+    for path in named_sources(params).values():
+        if not (path / NOTE).is_file():
+            row_files(path)
 
 
 def open_sources(params: EncoderParams, tokenizer: Any, located: Mapping[str, str]) -> PairSources:
@@ -125,11 +141,23 @@ def kind_of(name: str) -> str | None:
 def named_sources(params: EncoderParams) -> dict[str, Path]:
     """The sources by name: dataset.sources, the preprocessed ones in dataset.path, or that path alone."""
     path = Path(params.dataset.path).expanduser() if params.dataset.path else None
-    if path is not None and path.is_dir() and not (path / NOTE).is_file():
-        inside = {entry.name: entry for entry in sorted(path.iterdir()) if (entry / NOTE).is_file()}
-        if inside:
-            return inside
-    return raw_sources(params)
+    inside = {} if path is None else _preprocessed_inside(path)
+    return inside or raw_sources(params)
+
+
+def _preprocessed_inside(path: Path) -> dict[str, Path]:
+    """The sources that preprocessing wrote into a directory, by name."""
+    if not path.is_dir() or (path / NOTE).is_file():
+        return {}
+    return {entry.name: entry for entry in sorted(path.iterdir()) if (entry / NOTE).is_file()}
+
+
+def _name_of(path: Path) -> str:
+    """The name of a source after its file or directory; of a glob, after the last directory before the pattern."""
+    if not is_glob(path):
+        return file_stem(path.resolve())
+    fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+    return fixed.resolve().name or "rows"
 
 
 def raw_sources(params: EncoderParams) -> dict[str, Path]:
@@ -148,9 +176,13 @@ def raw_sources(params: EncoderParams) -> dict[str, Path]:
     named = {name: Path(path).expanduser() for name, path in data.sources.items()}
     if data.path is not None:
         path = Path(data.path).expanduser()
-        named = {path.resolve().stem: path}
+        named = {_name_of(path): path}
     found = {}
     for name, path in named.items():
+        if inside := _preprocessed_inside(path):
+            field = "path" if data.path is not None else f"sources.{name}"
+            places = " or ".join(map(str, inside.values()))
+            raise UserError(f"dataset.{field}: {path} holds what was preprocessed: set it to {places}.")
         found[name] = path
         if not (path / NOTE).is_file():
             found |= {f"{name}.{kind}": file for kind, file in evaluation_files(path).items()}

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from inft.encoders.contrastive.rows import Pairs, check_pairs, read_pairs, row_files
 from inft.training.storage import file_sha256, staged
 from params.encoder import EncoderParams
 from params.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 ROWS = "rows.arrow"
 NOTE = "contrastive.json"  # what marks a directory as a tokenised source
 TOKENIZED_AT_ONCE = 1000  # rows
@@ -81,6 +82,11 @@ class TokenizedPairs:
     def __len__(self) -> int:
         return len(self._table)
 
+    def with_negatives(self, first: int, rows: int) -> int:
+        """How many of some rows have hard negatives."""
+        lengths = pc.list_value_length(self._table.column("neg_keys").slice(first, rows))
+        return int(pc.sum(pc.greater(lengths, 0)).as_py() or 0)
+
     def row(self, number: int) -> TokenizedRow:
         """Return one row."""
         values = [self._table.column(name)[number] for name in SCHEMA.names]
@@ -104,26 +110,38 @@ def tokenize_source(path: Path, output: Path, tokenizer: Any, tokenization: Toke
     files = row_files(path)
     made_of: dict[str, Any] = {"format": FORMAT, **asdict(tokenization)}
     made_of["files"] = [[file.name, file_sha256(file)] for file in files]
-    if (output / NOTE).is_file() and read_note(output).items() >= made_of.items():
+    if (output / NOTE).is_file() and read_note(output, any_format=True).items() >= made_of.items():
+        check_intact(output)
         return TokenizedPairs(output)
     if output.exists() and not (output / NOTE).is_file():
         raise UserError(f"{output} exists and holds something else: choose another output, or remove it.")
-    check_pairs(files)
+    unread: set[str] = set()
+    check_pairs(files, unread)
     with staged(output, what="the tokenised pairs", remedy="Free space there or choose another output.") as directory:
         counts = _write(directory / ROWS, files, tokenizer, tokenization)
-        (directory / NOTE).write_text(json.dumps(made_of | counts, indent=1, ensure_ascii=False), encoding="utf-8")
+        found = {"unread": sorted(unread), "sha256": file_sha256(directory / ROWS)}
+        note = json.dumps(made_of | counts | found, indent=1, ensure_ascii=False)
+        (directory / NOTE).write_text(note, encoding="utf-8")
     return TokenizedPairs(output)
 
 
-def read_note(directory: Path) -> dict[str, Any]:
-    """What stands in a tokenised source's note; UserError when it is none."""
+def read_note(directory: Path, *, any_format: bool = False) -> dict[str, Any]:
+    """What stands in a tokenised source's note; UserError when it is none, or of another format."""
     try:
         note: dict[str, Any] = json.loads((directory / NOTE).read_text(encoding="utf-8"))
-        if note["format"] != FORMAT:
+        if note["format"] != FORMAT and not any_format:
             raise UserError(f"{directory} is of format {note['format']}, not {FORMAT}: preprocess the source again.")
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory / NOTE} cannot be read ({error}): preprocess the source again.") from error
     return note
+
+
+def check_intact(directory: Path) -> None:
+    """UserError when the tokens are not those that were written; reads the whole file."""
+    if file_sha256(directory / ROWS) != read_note(directory)["sha256"]:
+        raise UserError(
+            f"{directory / ROWS} is not as it was written: remove {directory} and preprocess the source again."
+        )
 
 
 def check_tokenization(source: TokenizedPairs, wanted: Tokenization) -> None:

@@ -4,12 +4,21 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inft.encoders.data.blocks import Cursor
+from inft.encoders.data.counts import Counts, Tally
 from inft.encoders.data.documents import TextData
 from inft.encoders.data.flat import FlatBatch, flatten, static_shape
 from inft.encoders.data.loaderstate import LoaderState
 from inft.encoders.data.masking import EVALUATION_PROBABILITY, EVALUATION_SEED, MaskRule
 from inft.encoders.data.packing import Packer, Piece
-from inft.encoders.data.reader import BlockPlan, BlockReader, ReadBlock, loader_settings, raise_error, read_blocks
+from inft.encoders.data.reader import (
+    BlockPlan,
+    BlockReader,
+    ReadBlock,
+    loader_settings,
+    name_bad_rows,
+    raise_error,
+    read_blocks,
+)
 from params.encoder import EncoderParams
 from params.errors import UserError
 
@@ -58,12 +67,13 @@ class PretrainingBatches:
         self._reader = BlockReader(source, _rule(params, tokenizer))
         self._iterator: Iterator[ReadBlock] | None = None
         self._block: ReadBlock | None = None
+        self._most_bad = params.dataset.max_bad_fraction
         self._restore(state or LoaderState(settings=self._settings))
 
     def _restore(self, state: LoaderState) -> None:
         state.require(self._settings)
         self._cursor, self._taken, self._counted = state.cursor, state.taken, state.counted
-        self.counts = state.counts
+        self._tally = Tally(self._most_bad, state.counts, state.bad_rows)
         self._made = state.batch
         self._fruitful = state.cursor.epoch if state.counted else -1  # the last epoch that gave a document
         if self._packer is not None:
@@ -85,14 +95,30 @@ class PretrainingBatches:
             taken=self._taken,
             counted=self._counted,
             counts=self.counts,
+            bad_rows=self.bad_rows,
             batch=self._made,
             pool=() if self._packer is None else tuple(self._packer.pool),
         )
 
     @property
+    def counts(self) -> Counts:
+        """What was read in all epochs so far, the block in hand included."""
+        return self._tally.counts
+
+    @property
+    def bad_rows(self) -> tuple[str, ...]:
+        """The first few rows that could not be read: file, row and reason."""
+        return self._tally.bad_rows
+
+    @property
     def epoch(self) -> float:
-        """Epochs that were read, those that wait in the pool and the block in hand included."""
-        return self._cursor.epoch + (0.0 if self._block is None else self._block.share)
+        """Epochs whose documents were taken, those that wait in the pool included."""
+        block = self._block
+        if block is None:
+            return float(self._cursor.epoch)
+        count = 0 if block.documents is None else len(block.documents.ends_N)
+        done = self._taken / count if count else 1.0
+        return self._cursor.epoch + block.begun + (block.share - block.begun) * done
 
     def close(self) -> None:
         """End the workers."""
@@ -119,12 +145,16 @@ class PretrainingBatches:
         again = self._block is None and self._counted
         try:
             block = raise_error(self._fetch())
+            if block.cursor.epoch > self._cursor.epoch:
+                self._tally.check(ended=True)
+            self._block, self._cursor = block, block.cursor
+            if not again:
+                self._taken, self._counted = 0, True
+                self._tally.add(block.counts, name_bad_rows(self._source, block))
+                self._tally.check()
         except UserError:
             self.close()  # not when the traceback is let go, perhaps in a worker that was forked meanwhile
             raise
-        self._block, self._cursor = block, block.cursor
-        if not again:
-            self._taken, self._counted, self.counts = 0, True, self.counts + block.counts
         if block.cursor.epoch > self._fruitful + max(1, self._world_size):
             raise UserError(
                 f"{self._source.name}: every document is empty ({self.counts.empty:,} were) or dropped as too long "
@@ -192,6 +222,8 @@ class EvaluationBatches:
             self._shape = static_shape(sequences=self._size, capacity=capacity, packed=False, pad_token_id=pad)
         rule = _rule(params, tokenizer, seed=EVALUATION_SEED, probability=EVALUATION_PROBABILITY)
         self._reader = BlockReader(source, rule, fixed_masks=True)
+        self._most_bad = params.dataset.max_bad_fraction
+        self.counts = Counts()  # of the last pass
 
     def __iter__(self) -> Iterator[FlatBatch]:
         for number, pieces in enumerate(self._groups()):
@@ -203,14 +235,19 @@ class EvaluationBatches:
 
     def _groups(self) -> Iterator[list[Piece]]:
         group: list[Piece] = []
+        tally = Tally(self._most_bad)
         for block in read_blocks(self._reader, BlockPlan(self._source, self._order, epochs=1), self._loading):
             documents = raise_error(block).documents
+            tally.add(block.counts, name_bad_rows(self._source, block))
+            tally.check()
+            self.counts = tally.counts
             for index in range(0 if documents is None else len(documents.ends_N)):
                 assert documents is not None
                 group.append(documents.piece(index, arrived=0))
                 if len(group) == self._size:
                     yield group
                     group = []
+        tally.check(ended=True)
         if group:
             yield group
 

@@ -101,7 +101,8 @@ class Block:
     """What a worker reads at a time."""
 
     cursor: Cursor  # of the block itself
-    share: float  # of the epoch that is done when the block is
+    begun: float  # share of the epoch that is done when the block begins
+    share: float  # and when it ends
     reads: tuple[BlockRows, ...]
 
 
@@ -139,7 +140,7 @@ def _permuted(source: Source, seed: int | None, cursor: Cursor) -> Iterator[Bloc
             rows = chosen[order] - (int(ends[part - 1]) if part else 0) + int(limits[part, 0])
             reads.append(_reads(source, part, rows, order))
         at = replace(cursor, block=block, number=cursor.number + block - cursor.block)
-        yield Block(cursor=at, share=(block + 1) / count, reads=tuple(reads))
+        yield Block(cursor=at, begun=block / count, share=(block + 1) / count, reads=tuple(reads))
 
 
 def _streamed(source: Source, seed: int | None, cursor: Cursor) -> Iterator[Block]:
@@ -154,8 +155,8 @@ def _streamed(source: Source, seed: int | None, cursor: Cursor) -> Iterator[Bloc
         for block in range(first, len(made)):
             rows = _window_rows(made[block], (seed or 0, cursor.epoch, part) if mixed else None)
             at = Cursor(epoch=cursor.epoch, turn=turn, block=block, number=number)
-            share = (turn + (block + 1) / len(made)) / len(order)
-            yield Block(cursor=at, share=share, reads=(_reads(source, part, rows, np.arange(len(rows))),))
+            begun, share = ((turn + done / len(made)) / len(order) for done in (block, block + 1))
+            yield Block(cursor=at, begun=begun, share=share, reads=(_reads(source, part, rows, np.arange(len(rows))),))
             number += 1
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from inft.encoders.data.blocks import Source
 from inft.encoders.data.sources import open_source, reserve
 from inft.encoders.data.splits import EVALUATION_NAMES, Splits, find_splits, pick_split, require_split, shard_kinds
-from inft.encoders.data.tokenised import Document, check_tokenizer, read_tokenised
+from inft.encoders.data.tokenised import Document, check_tokenizer, read_tokenised, require_length
 from params.encoder import EncoderParams
 from params.errors import UserError
 
@@ -74,7 +74,10 @@ def open_data(params: EncoderParams, tokenizer: "PreTrainedTokenizerBase") -> Te
     if data.path is not None and data.name is not None:
         notices.append(f"dataset.path is read; dataset.name {data.name} is not.")
     splits = find_splits(data)
-    stored = None if data.path is None else read_tokenised(Path(data.path).expanduser(), tokenizer, params)
+    directory = None if data.path is None else Path(data.path).expanduser()
+    stored = None if directory is None else read_tokenised(directory, tokenizer)
+    if stored is not None and directory is not None:
+        require_length(stored, directory, data.max_seq_length)
     if stored is not None and stored.long_documents != data.long_documents:
         notices.append(f"dataset.long_documents is not used: {location} was tokenised with {stored.long_documents}.")
     train_name = require_split(splits, data.train_split, source=location, field="dataset.train_split")

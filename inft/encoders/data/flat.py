@@ -99,18 +99,22 @@ def flatten(pieces: Sequence[Piece], shape: StaticShape | None = None) -> FlatBa
 
 
 def rounded_up(batch: FlatBatch, multiple: int, pad_token_id: int) -> FlatBatch:
-    """The batch with padding at its end, a document of its own, up to a multiple of tokens, as low precision needs."""
+    """The batch with padding at its end up to a multiple of tokens, as low precision needs.
+
+    The padding is documents of its own, none longer than those of the batch: learned positions may end there.
+    """
     total = len(batch.input_ids_T)
     padding = -total % multiple
     if not padding:
         return batch
+    ends = [*range(batch.max_seqlen, padding, batch.max_seqlen), padding]
+    more = torch.tensor([total + end for end in ends], dtype=batch.cu_seqlens.dtype)
     return replace(
         batch,
         input_ids_T=F.pad(batch.input_ids_T, (0, padding), value=pad_token_id),
         labels_T=F.pad(batch.labels_T, (0, padding), value=IGNORED),
-        position_ids_T=torch.cat([batch.position_ids_T, torch.arange(padding)]),
-        cu_seqlens=F.pad(batch.cu_seqlens, (0, 1), value=total + padding),
-        max_seqlen=max(batch.max_seqlen, padding),
+        position_ids_T=torch.cat([batch.position_ids_T, torch.arange(padding) % batch.max_seqlen]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, more]),
     )
 
 

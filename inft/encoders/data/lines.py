@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from inft.data.hub import import_datasets
-from inft.encoders.data.shards import Columns, ShardRows, file_sample
+from inft.encoders.data.shards import Columns, ShardRows, Unreadable, file_sample
 from inft.training.storage import STAGING, disk_trouble
 from params.errors import UserError
 
@@ -30,6 +30,7 @@ SAMPLE = 2**12  # bytes that tell an array from lines
 _NEWLINE, _RETURN, _QUOTE = b"\n"[0], b"\r"[0], b'"'[0]
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _BOM = b"\xef\xbb\xbf"
+csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB of the default
 
 
 def line_suffix(path: Path) -> str:
@@ -60,18 +61,24 @@ class LineShard:
             return (self.text_column,)
         return _header(self._file(), self._format) if self._format in _DELIMITERS else None
 
+    def columns_of(self, places: np.ndarray) -> tuple[str, ...]:
+        """The keys of the rows, in the order in which they come up."""
+        rows = list(self._objects(places))
+        objects = [row for row in rows if isinstance(row, dict)]
+        corrupt = [row for row in rows if isinstance(row, Unreadable)]
+        if not objects:
+            count = f"None of the first {len(rows):,} rows can be read" if len(rows) > 1 else "No row can be read"
+            raise UserError(f"{self.where(places[0])}: {corrupt[0].reason}. {count}.")
+        return tuple(dict.fromkeys(key for row in objects for key in row))
+
     def read(self, places: np.ndarray, columns: Sequence[str]) -> Columns:
-        """Read and parse the rows; a column that a row lacks is None, unless no row of the file can have it."""
+        """Read and parse the rows; what a row lacks besides the first column, the text, is None."""
         found: dict[str, list[Any]] = {column: [] for column in columns}
-        if self._format == "array":
-            rows: Iterator[Any] = iter([_array(self._file())[place] for place in places.tolist()])
-        else:
-            rows = self._rows(places)
-        for place, row in zip(places, rows, strict=True):
+        for row in self._objects(places):
             if not isinstance(row, dict):
-                raise UserError(f"{self.where(place)}: a JSON {type(row).__name__}, not an object. {_MEND}")
-            if columns[0] not in row:  # the text; other columns may be missing in some rows
-                raise missing_column(self.where(place), columns[0], row)
+                row = {columns[0]: row}
+            elif columns[0] not in row:
+                row = {columns[0]: Unreadable(_lacks(columns[0], row))}
             for column in columns:
                 found[column].append(row.get(column))
         return found
@@ -90,19 +97,31 @@ class LineShard:
         """Bytes and a hash of both ends of the file as it lies on the disk."""
         return file_sample(self.path)
 
+    def _objects(self, places: np.ndarray) -> Iterator[dict[str, Any] | Unreadable]:
+        if self._format == "array":
+            rows: Iterator[Any] = iter([_array(self._file())[place] for place in places.tolist()])
+        else:
+            rows = self._rows(places)
+        for row in rows:
+            known = isinstance(row, dict | Unreadable)
+            yield row if known else Unreadable(f"a JSON {type(row).__name__}, not an object")
+
     def _rows(self, spans_R2: np.ndarray) -> Iterator[Any]:
+        """What stands on each line; of one that is corrupt Unreadable."""
         parse = self._parser()
         with self._file().open("rb") as file:
             for span in spans_R2:
                 file.seek(int(span[0]))
                 line = file.read(int(span[1] - span[0]))
                 try:
-                    yield parse(line.decode("utf-8"))
+                    row = parse(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
-                    reason = f"not UTF-8 ({error.reason} at byte {error.start} of the row)"
-                    raise UserError(f"{self.where(span)}: {reason}. {_MEND}") from error
+                    row = Unreadable(f"not UTF-8 ({error.reason} at byte {error.start} of the row)")
                 except (ValueError, RecursionError, csv.Error) as error:
-                    raise UserError(f"{self.where(span)}: not {self._format.upper()} ({error}). {_MEND}") from error
+                    if b"\n" in line:  # only a csv record has several lines: the next ones may have been swallowed
+                        raise UserError(f"{self.where(span)}: {_swallowed(line, error)}") from error
+                    row = Unreadable(f"not {self._format.upper()} ({error})")
+                yield row
 
     def _parser(self) -> Callable[[str], Any]:
         if self._format == "jsonl":  # a line of blanks is an empty document
@@ -127,14 +146,20 @@ class LineShard:
         return unpacked(self.path, status.st_size, status.st_mtime_ns)
 
 
-_MEND = "Mend the row or take it out."
+def missing_column(where: str, column: str, available: Iterable[str], remedy: str) -> UserError:
+    """The error for rows without a column."""
+    return UserError(f"{where}: {_lacks(column, available)}. {remedy}")
 
 
-def missing_column(where: str, column: str, available: Any) -> UserError:
-    """The error for rows without the text column."""
-    return UserError(
-        f"{where}: no column {column!r}. Its columns are: {', '.join(map(str, available))}. "
-        "Name the one that holds the text with dataset.text_column."
+def _lacks(column: str, available: Iterable[str]) -> str:
+    return f"no column {column!r}. Its columns are: {', '.join(map(str, available))}"
+
+
+def _swallowed(record: bytes, error: Exception) -> str:
+    count = record.count(b"\n") + 1
+    return (
+        f"a record of {count:,} lines that cannot be read ({error}). A quote without its other half seems to join rows "
+        "that are apart: double it, or take it out."
     )
 
 

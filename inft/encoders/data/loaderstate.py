@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from inft.encoders.data.blocks import Cursor
+from inft.encoders.data.counts import Counts
 from inft.encoders.data.packing import Piece
-from inft.encoders.data.tokenised import Counts
 from inft.training.storage import write_text
 from params.errors import UserError
 
@@ -29,6 +29,7 @@ class LoaderState:
     taken: int = 0  # documents of the block that were taken
     counted: bool = False  # the block is in the counts
     counts: Counts = field(default_factory=Counts)
+    bad_rows: tuple[str, ...] = ()  # the first that could not be read
     batch: int = 0  # batches made
     pool: tuple[Piece, ...] = ()
 
@@ -51,6 +52,7 @@ class LoaderState:
             "taken": self.taken,
             "counted": self.counted,
             "counts": self.counts.asdict(),
+            "bad_rows": list(self.bad_rows),
             "batch": self.batch,
             "languages": [piece.language for piece in self.pool],
         }
@@ -71,6 +73,7 @@ class LoaderState:
                 taken=words["taken"],
                 counted=words["counted"],
                 counts=Counts(**words["counts"]),
+                bad_rows=tuple(words.get("bad_rows", ())),
                 batch=words["batch"],
                 pool=tuple(_pieces(arrays, words["languages"])),
             )

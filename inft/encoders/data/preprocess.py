@@ -14,12 +14,14 @@ import numpy as np
 from inft.data.hub import import_datasets
 from inft.encoders.build import load_tokenizer
 from inft.encoders.data.blocks import Source
+from inft.encoders.data.counts import Counts, Tally
 from inft.encoders.data.reader import (
     BlockPlan,
     BlockReader,
     MaskedDocuments,
     ReadBlock,
     loader_settings,
+    name_bad_rows,
     raise_error,
     read_blocks,
 )
@@ -31,7 +33,6 @@ from inft.encoders.data.tokenised import (
     LANGUAGE_COLUMN,
     PIECE_COLUMN,
     TOKENISED_FILE,
-    Counts,
     Tokenised,
     check_tokenizer,
     read_tokenised,
@@ -40,7 +41,11 @@ from inft.encoders.data.tokenised import (
 from inft.training.processes import on_main
 from inft.training.storage import staged
 from params.encoder import DatasetParams, EncoderParams, TokenizerParams
+from params.encoder_resolve import ENCODER
 from params.errors import UserError
+from params.layers import user_error
+from params.schema import fields_of
+from params.yamlfile import Given
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +61,7 @@ class SplitResult:
     """What became of a split."""
 
     counts: Counts
+    bad_rows: tuple[str, ...]  # the first that could not be read
     rows: int  # documents and pieces that were written
     tokens: int
 
@@ -80,7 +86,8 @@ def preprocess(
         told = _told(params, tokenizer, splits, results)
         (staging / TOKENISED_FILE).write_text(json.dumps(asdict(told), indent=1) + "\n", encoding="utf-8")
     for split, result in results.items():
-        console.print(_line(split, result), highlight=False, markup=False, soft_wrap=True)
+        for line in (_line(split, result), *(f"left out: {row}" for row in result.bad_rows)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"tokenised: {output}", highlight=False, markup=False, soft_wrap=True)
     return told
 
@@ -96,9 +103,22 @@ def tokenize_dataset(
     text_column: str = "text",
     language_column: str | None = None,
     long_documents: Literal["split", "drop"] = "split",
+    max_bad_fraction: float = DatasetParams.max_bad_fraction,
     num_workers: int = 0,
 ) -> Tokenised:
-    """Tokenise a hub data set, or a file, directory or glob, without a configuration; see ``preprocess``."""
+    """Tokenise a hub data set, or a file, directory or glob, without a configuration; see ``preprocess``.
+
+    Errors: also UserError for values that are out of range, by the names of the script's options.
+    """
+    numbers = {
+        "dataset.max_seq_length": Given(max_length, "--max-length"),
+        "dataset.max_bad_fraction": Given(max_bad_fraction, "--max-bad-fraction"),
+        "dataset.num_workers": Given(num_workers, "--num-workers"),
+    }
+    problems: list[str] = []
+    checked = fields_of(ENCODER.checked(numbers, problems), "dataset")
+    if problems:
+        raise user_error(problems)
     local = Path(dataset).expanduser().exists() or any(sign in dataset for sign in "*?[") or dataset.count("/") != 1
     params = EncoderParams(
         tokenizer=TokenizerParams(name=tokenizer),
@@ -106,11 +126,10 @@ def tokenize_dataset(
             name=None if local else dataset,
             path=dataset if local else None,
             config=config,
-            max_seq_length=max_length,
             text_column=text_column,
             language_column=language_column,
             long_documents=long_documents,
-            num_workers=num_workers,
+            **checked,
         ),
     )
     return preprocess(params, output, console)
@@ -138,7 +157,7 @@ def _ensure(params: EncoderParams, directory: Path, tokenizer: "PreTrainedTokeni
     if not directory.exists() or not any(directory.iterdir()):
         preprocess(params, directory, console, tokenizer=tokenizer)
         return
-    found = read_tokenised(directory, tokenizer, params)
+    found = read_tokenised(directory, tokenizer)
     if found is None:
         raise UserError(f"{directory} holds no tokenised data: empty it, or choose another dataset.pre_tokenized_dir.")
     ordered, splits = _read_in_order(params)
@@ -178,19 +197,21 @@ def _write_split(
 
 def _write(params: EncoderParams, source: Source, directory: Path, progress: "Progress", task: "TaskID") -> SplitResult:
     writer = _Writer(directory, with_language=source.reading.language_column is not None)
-    counts = Counts()
+    tally = Tally(params.dataset.max_bad_fraction)
     plan = BlockPlan(source, None, epochs=1)
     try:
         for block in read_blocks(BlockReader(source, None), plan, loader_settings(params.dataset, "cpu")):
             found: ReadBlock = raise_error(block)
-            counts += found.counts
+            tally.add(found.counts, name_bad_rows(source, found))
+            tally.check()
             if found.documents is not None:
                 writer.write(found.documents)
             progress.update(task, advance=found.counts.documents)
+        tally.check(ended=True)
     finally:
         writer.close()
     writer.finish()
-    return SplitResult(counts=counts, rows=writer.rows, tokens=writer.tokens)
+    return SplitResult(counts=tally.counts, bad_rows=tally.bad_rows, rows=writer.rows, tokens=writer.tokens)
 
 
 class _Writer:
@@ -290,10 +311,4 @@ def _fingerprint(params: EncoderParams, splits: Splits) -> str:
 
 
 def _line(split: str, result: SplitResult) -> str:
-    counts = result.counts
-    out = [f"{counts.split:,} split", f"{counts.dropped:,} dropped as too long", f"{counts.empty:,} empty"]
-    told = ", ".join(words for words in out if not words.startswith("0 "))
-    return (
-        f"{split}: {counts.documents:,} documents{f' ({told})' if told else ''}, {result.rows:,} rows, "
-        f"{result.tokens:,} tokens"
-    )
+    return f"{split}: {result.counts.words()}; {result.rows:,} rows, {result.tokens:,} tokens"

@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from inft.encoders.data.blocks import Block, Cursor, Source, blocks
+from inft.encoders.data.counts import SHOWN, Counts
 from inft.encoders.data.masking import MaskRule, mask_documents
 from inft.encoders.data.packing import Piece
-from inft.encoders.data.tokenised import Counts, Document, read_documents
+from inft.encoders.data.tokenised import BadRow, Document, read_documents
 from params.encoder import DatasetParams
 from params.errors import UserError
 
@@ -69,9 +70,11 @@ class ReadBlock:
     """The documents of one block, masked where a rule is given."""
 
     cursor: Cursor
-    share: float  # of the epoch that is done with it
+    begun: float  # share of the epoch that is done when the block begins
+    share: float  # and when it ends
     documents: "MaskedDocuments | None" = None
     counts: Counts = field(default_factory=Counts)
+    bad: tuple[tuple[int, BadRow], ...] = ()  # the first unreadable rows, each with the number of its part
     error: str | None = None  # what a user can mend; a worker's exceptions would come with its traceback
 
 
@@ -109,25 +112,34 @@ class BlockReader(Dataset[ReadBlock]):
 
     def __getitem__(self, block: Any) -> ReadBlock:
         try:
-            documents, counts = block_documents(self._source, block)
+            documents, counts, bad = block_documents(self._source, block)
         except UserError as error:
-            return ReadBlock(cursor=block.cursor, share=block.share, error=str(error))
+            return ReadBlock(cursor=block.cursor, begun=block.begun, share=block.share, error=str(error))
         epoch = 0 if self._fixed_masks else block.cursor.epoch
         masked = _masked(documents, self._rule, epoch) if documents else None
-        return ReadBlock(cursor=block.cursor, share=block.share, documents=masked, counts=counts)
+        return ReadBlock(
+            cursor=block.cursor, begun=block.begun, share=block.share, documents=masked, counts=counts, bad=tuple(bad)
+        )
 
 
-def block_documents(source: Source, block: Block) -> tuple[list[Document], Counts]:
-    """Return the documents of a block in the order of the plan, and what was counted."""
+def block_documents(source: Source, block: Block) -> tuple[list[Document], Counts, list[tuple[int, BadRow]]]:
+    """Return the documents of a block in the order of the plan, what was counted, and the first unreadable rows."""
     ordered: list[tuple[int, list[Document]]] = []
-    counts = Counts()
+    counts, bad = Counts(), list[tuple[int, BadRow]]()
     for read in block.reads:
         part = source.parts[read.part]
-        documents, counted = read_documents(source.reading, part.shard, part.number, read.rows, read.places)
+        documents, counted, unreadable = read_documents(source.reading, part.shard, part.number, read.rows, read.places)
         counts += counted
+        bad += [(read.part, row) for row in unreadable]
         ordered += zip(read.order.tolist(), documents, strict=True)
     ordered.sort(key=lambda pair: pair[0])
-    return [document for _, found in ordered for document in found], counts
+    return [document for _, found in ordered for document in found], counts, bad[:SHOWN]
+
+
+def name_bad_rows(source: Source, block: ReadBlock) -> Iterator[str]:
+    """Yield where each of the unreadable rows is, and why; a long file is searched for its lines."""
+    for part, row in block.bad:
+        yield f"{source.parts[part].shard.where(row.place)}: {row.reason}"
 
 
 def _masked(documents: list[Document], rule: MaskRule | None, epoch: int) -> MaskedDocuments:
@@ -195,7 +207,33 @@ def read_blocks(reader: BlockReader, plan: BlockPlan, settings: LoaderSettings) 
     if not settings.num_workers:
         return iter(loader)
     with _no_tokenizer_threads():
-        return iter(loader)
+        return _watched(iter(loader))
+
+
+def _watched(blocks_read: Iterator[ReadBlock]) -> Iterator[ReadBlock]:
+    while True:
+        with killed_readers_told():
+            block = next(blocks_read, None)
+        if block is None:
+            return
+        yield block
+
+
+@contextmanager
+def killed_readers_told() -> Iterator[None]:
+    """Turn torch's error for a reading process that was killed into a UserError.
+
+    Torch raises it out of a signal handler, and so wherever the main process happens to be.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"a reading process was killed ({str(error).splitlines()[0].rstrip('. ')}). Was the machine out of memory? "
+            "Lower dataset.num_workers or dataset.prefetch_factor, and go on from the last checkpoint with --resume."
+        ) from error
 
 
 def raise_error(block: ReadBlock) -> ReadBlock:

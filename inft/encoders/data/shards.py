@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -42,6 +42,12 @@ class ShardRows:
         return rows if self.spans_R2 is None else self.spans_R2[rows]
 
 
+class Unreadable(NamedTuple):
+    """What a shard gives in place of the text of a row that it cannot read."""
+
+    reason: str
+
+
 class Shard(Protocol):
     """A part of a data set; one object serves every process."""
 
@@ -59,8 +65,14 @@ class Shard(Protocol):
     def columns(self) -> tuple[str, ...] | None:
         """The columns that all rows have; None when each row has its own. Only of a shard that has rows."""
 
+    def columns_of(self, places: np.ndarray) -> tuple[str, ...]:
+        """The columns that any of the rows at places has; UserError when none of them can be read."""
+
     def read(self, places: np.ndarray, columns: Sequence[str]) -> Columns:
-        """Return these columns of the rows at places, in their order; UserError for a corrupt row."""
+        """Return these columns of the rows at places, in their order.
+
+        A corrupt row has Unreadable in the first column. Errors: UserError when more than single rows are corrupt.
+        """
 
     def where(self, place: Any) -> str:
         """Words that lead a user to the row at one place."""
@@ -90,6 +102,10 @@ class ParquetShard:
     def columns(self) -> tuple[str, ...]:
         """The names in the footer."""
         return tuple(self._file.schema_arrow.names)
+
+    def columns_of(self, places: np.ndarray) -> tuple[str, ...]:
+        """Those of all rows."""
+        return self.columns()
 
     def read(self, places: np.ndarray, columns: Sequence[str]) -> Columns:
         """Decode the row groups that the rows are in, unless this process still has them."""
@@ -187,6 +203,10 @@ class TableShard:
     def columns(self) -> tuple[str, ...]:
         """The table's."""
         return tuple(self.table.column_names)
+
+    def columns_of(self, places: np.ndarray) -> tuple[str, ...]:
+        """Those of all rows."""
+        return self.columns()
 
     def read(self, places: np.ndarray, columns: Sequence[str]) -> Columns:
         """Fetch the rows; lists of numbers come as numpy arrays."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+FIRST_ROWS = 100  # of a shard whose rows have columns of their own: a column that none of them has is missing
+
+
 def open_source(
     params: EncoderParams,
     tokenizer: "PreTrainedTokenizerBase",
@@ -30,6 +33,7 @@ def open_source(
     Unless they are streamed all shards are opened. Errors: UserError for one that is corrupt or has not the columns.
     """
     data = params.dataset
+    _check_room(params, tokenizer)
     source = Source(
         parts=tuple(Part(shard=shard, number=number) for number, shard in enumerate(splits[split])),
         split=split,
@@ -125,18 +129,27 @@ def _reading(
 
 
 def _check_columns(source: Source, index: int) -> None:
-    """Raise UserError unless the rows of a shard have the columns that are read; of json, its first row."""
-    shard, reading = source.parts[index].shard, source.reading
-    columns = shard.columns()
+    """Raise UserError unless the rows of a shard have the columns that are read; of json, any of its first rows."""
+    shard, reading, rows = source.parts[index].shard, source.reading, source.rows(index)
+    columns, where = shard.columns(), shard.name
     if columns is None:
-        shard.read(source.rows(index).places(np.arange(1)), reading.columns)
-        return
+        first = min(FIRST_ROWS, rows.count)
+        columns = shard.columns_of(rows.places(np.arange(first)))
+        where += f", rows 1 to {first}"
     missing = [column for column in reading.columns if column not in columns]
     if not missing:
         return
-    if missing[0] != reading.language_column:
-        raise missing_column(shard.name, missing[0], columns)
-    raise UserError(
-        f"{shard.name}: no column {missing[0]!r}. Its columns are: {', '.join(columns)}. "
-        "Name the one that holds the language with dataset.language_column, or leave that out."
-    )
+    remedy = "Name the one that holds the text with dataset.text_column."
+    if missing[0] == reading.language_column:
+        remedy = "Name the one that holds the language with dataset.language_column, or leave that out."
+    raise missing_column(where, missing[0], columns, remedy)
+
+
+def _check_room(params: EncoderParams, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise UserError when the special tokens alone fill a document."""
+    special, most = tokenizer.num_special_tokens_to_add(), params.dataset.max_seq_length
+    if special >= most:
+        raise UserError(
+            f"dataset.max_seq_length {most} leaves no room for text beside the {special} special tokens of "
+            f"{tokenizer.name_or_path or 'the tokenizer'}. Raise it."
+        )

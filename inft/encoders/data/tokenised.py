@@ -6,15 +6,15 @@ Axes: N documents (pieces of split ones count singly), T their tokens in a row.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from inft.encoders.data.shards import Shard
-from params.encoder import EncoderParams
+from inft.encoders.data.counts import Counts
+from inft.encoders.data.shards import Shard, Unreadable
 from params.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,21 +34,11 @@ class Document(NamedTuple):
     piece: int = 0  # 0, or the number of the piece
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """How many documents were read, and what became of those that are not trained on as they are."""
+class BadRow(NamedTuple):
+    """A row that cannot be read."""
 
-    documents: int = 0  # rows that were read
-    split: int = 0  # longer than max_seq_length: became several pieces
-    dropped: int = 0  # longer than max_seq_length: left out
-    empty: int = 0  # without any token: left out
-
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(**{name: value + getattr(other, name) for name, value in self.asdict().items()})
-
-    def asdict(self) -> dict[str, int]:
-        """The four numbers by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    place: Any  # as Shard.read takes it
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +90,22 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None
 
 def read_documents(
     reading: Reading, shard: Shard, number: int, rows: np.ndarray, places: np.ndarray
-) -> tuple[list[list[Document]], Counts]:
-    """Return for each of some rows of a shard its document, in pieces if it is long, and what was counted.
+) -> tuple[list[list[Document]], Counts, list[BadRow]]:
+    """Return for each of some rows of a shard its document, in pieces if it is long; the counts; unreadable rows.
 
-    ``number`` is the shard's, ``rows`` are the rows' numbers in it and ``places`` where it finds them.
-    Errors: UserError naming a row that is corrupt, has no such column, or holds something else than text.
+    ``number`` is the shard's, ``rows`` are the rows' numbers in it and ``places`` where it finds them. A row that is
+    corrupt, has no such column or holds something else than text is unreadable. Errors: UserError for a damaged shard.
     """
     values = shard.read(places, reading.columns)
-    content = values[reading.columns[0]]
+    told = values[reading.columns[0]]
+    reasons = [_unreadable(reading, value) for value in told]
+    bad = [BadRow(place, reason) for place, reason in zip(places, reasons, strict=True) if reason]
+    content = [None if reason else value for value, reason in zip(told, reasons, strict=True)]
     languages = _languages(reading, values, len(rows))
     keys, pieces = (rows + (number << ROW_BITS)).tolist(), [0] * len(rows)
     if reading.keyed:
         keys, pieces = list(values[KEY_COLUMN]), list(values[PIECE_COLUMN])
-    ids_N = list((_stored_ids if reading.tokenised else _ids)(reading, content, shard, places))
+    ids_N = list(_stored_ids(reading, content, shard, places) if reading.tokenised else _ids(reading, content))
     words_N = np.split(reading.words(np.concatenate(ids_N)), np.cumsum([len(ids) for ids in ids_N])[:-1])
     found: list[list[Document]] = []
     split = dropped = empty = 0
@@ -125,7 +118,8 @@ def read_documents(
         split += len(parts) > 1
         first = int(pieces[row])
         found.append([Document(int(keys[row]), part, languages[row], first + i) for i, part in enumerate(parts)])
-    return found, Counts(documents=len(rows), split=split, dropped=dropped, empty=empty)
+    empty -= len(bad)  # they are without a token, too
+    return found, Counts(documents=len(rows), split=split, dropped=dropped, empty=empty, bad=len(bad)), bad
 
 
 def pieces_of(ids: np.ndarray, words: np.ndarray, max_length: int) -> Iterator[np.ndarray]:
@@ -150,14 +144,23 @@ def _languages(reading: Reading, values: Mapping[str, Sequence[Any]], count: int
     return [None if value is None else str(value) for value in values[reading.language_column]]
 
 
-def _ids(reading: Reading, texts: Sequence[Any], shard: Shard, places: np.ndarray) -> Iterator[np.ndarray]:
+def _unreadable(reading: Reading, value: Any) -> str | None:
+    """Why a row is passed over; None for one that is read."""
+    if isinstance(value, Unreadable):
+        return value.reason
+    if reading.tokenised or value is None:
+        return None
+    if not isinstance(value, str):
+        return f"its {reading.text_column} is {type(value).__name__} {str(value)[:60]!r}, not text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a pair; the tokenizer takes none
+        return f"its {reading.text_column} is no Unicode (a lone surrogate at character {error.start})"
+    return None
+
+
+def _ids(reading: Reading, texts: Sequence[str | None]) -> Iterator[np.ndarray]:
     """The token ids of each text; of one that is missing or blank none."""
-    for text, place in zip(texts, places, strict=True):
-        if not isinstance(text, str | None):
-            raise UserError(
-                f"{shard.where(place)}: its {reading.text_column} is {type(text).__name__} {str(text)[:60]!r}, not "
-                "text. Name a column of texts with dataset.text_column, or take the row out."
-            )
     shown = [row for row, text in enumerate(texts) if text and not text.isspace()]
     encoded: list[list[int]] = []
     if shown:  # a special token's name in a text is a word like others, and not that token
@@ -209,10 +212,10 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
 
-def read_tokenised(directory: Path, tokenizer: "PreTrainedTokenizerBase", params: EncoderParams) -> Tokenised | None:
+def read_tokenised(directory: Path, tokenizer: "PreTrainedTokenizerBase") -> Tokenised | None:
     """Return what is told of tokenised data; None where a directory holds none.
 
-    Errors: UserError for data of another tokenizer, or with longer documents than the run takes.
+    Errors: UserError for data of another tokenizer.
     """
     file = directory / TOKENISED_FILE
     if not file.is_file():
@@ -226,9 +229,20 @@ def read_tokenised(directory: Path, tokenizer: "PreTrainedTokenizerBase", params
             f"{directory} was tokenised with {found.tokenizer_name}, whose vocabulary or rules differ from those of "
             f"{tokenizer.name_or_path}. Set tokenizer.name to it, or tokenise the data again."
         )
-    if found.max_seq_length > params.dataset.max_seq_length:
-        raise UserError(
-            f"{directory} holds documents of up to {found.max_seq_length} tokens, dataset.max_seq_length is "
-            f"{params.dataset.max_seq_length}. Raise it to {found.max_seq_length}, or tokenise the data again."
-        )
     return found
+
+
+def require_length(stored: Tokenised, directory: Path, max_seq_length: int) -> None:
+    """Raise UserError for stored documents that are longer than a run takes, or were cut shorter than it asks for."""
+    if stored.max_seq_length > max_seq_length:
+        raise UserError(
+            f"{directory} holds documents of up to {stored.max_seq_length} tokens, dataset.max_seq_length is "
+            f"{max_seq_length}. Raise it to {stored.max_seq_length}, or tokenise the data again."
+        )
+    cut = sum(counts.get("split", 0) + counts.get("dropped", 0) for counts in stored.counts.values())
+    if stored.max_seq_length < max_seq_length and cut:
+        raise UserError(
+            f"{directory}: {cut:,} documents were split or dropped when it was tokenised for {stored.max_seq_length} "
+            f"tokens: they would be no longer under dataset.max_seq_length {max_seq_length}. Tokenise the text again "
+            f"with dataset.max_seq_length {max_seq_length}, or lower it to {stored.max_seq_length}."
+        )

@@ -4,7 +4,6 @@ As is usual on GLUE, each seed's figures are those of its best epoch on the vali
 are a little above what unseen rows would give.
 """
 
-import json
 import statistics
 import tempfile
 from collections import defaultdict
@@ -30,9 +29,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from inft.encoders.evaluation.glue_data import Example, TaskData
 from inft.encoders.evaluation.metrics import METRICS
+from inft.encoders.outputs import write_json
 from inft.encoders.stored import load_classifier, load_tokenizer, longest_text
 from inft.training.hardware import has_bf16
-from inft.training.storage import write_text
 
 SCORE = "score"  # mean of a task's metrics
 Say = Callable[[str], None]
@@ -127,8 +126,7 @@ def summary(
 
 def save_results(path: Path, results: Sequence[TaskResult]) -> None:
     """Write the results as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    write_json(path, [asdict(result) for result in results])
 
 
 def glue_table(results: Sequence[TaskResult]) -> Table:

@@ -22,8 +22,9 @@ class Task:
     name: str
     columns: tuple[str, ...] = ("sentence1", "sentence2")  # one or two texts
     label: str = "label"  # column
-    metrics: tuple[str, ...] = ("accuracy",)  # names of glue_metrics.METRICS; the score is their mean
+    metrics: tuple[str, ...] = ("accuracy",)  # names of metrics.METRICS; the score is their mean
     regression: bool = False
+    classes: tuple[str, ...] = ()  # names in the order of their numbers, which F1 depends on; none: as the rows have
     validation: tuple[str, ...] = ("validation",)  # splits; the best epoch is chosen by the first
 
 
@@ -31,17 +32,25 @@ _CORRELATIONS = ("pearson", "spearman")
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task(name="cola", columns=("sentence",), metrics=("matthews",)),
-        Task(name="sst2", columns=("sentence",)),
-        Task(name="mrpc", metrics=("accuracy", "f1")),
-        Task(name="qqp", columns=("question1", "question2"), metrics=("accuracy", "f1")),
+        Task(name="cola", columns=("sentence",), metrics=("matthews",), classes=("unacceptable", "acceptable")),
+        Task(name="sst2", columns=("sentence",), classes=("negative", "positive")),
+        Task(name="mrpc", metrics=("accuracy", "f1"), classes=("not_equivalent", "equivalent")),
+        Task(
+            name="qqp",
+            columns=("question1", "question2"),
+            metrics=("accuracy", "f1"),
+            classes=("not_duplicate", "duplicate"),
+        ),
         Task(name="stsb", metrics=_CORRELATIONS, regression=True),
         Task(
-            name="mnli", columns=("premise", "hypothesis"), validation=("validation_matched", "validation_mismatched")
+            name="mnli",
+            columns=("premise", "hypothesis"),
+            classes=("entailment", "neutral", "contradiction"),
+            validation=("validation_matched", "validation_mismatched"),
         ),
-        Task(name="qnli", columns=("question", "sentence")),
-        Task(name="rte"),
-        Task(name="wnli"),
+        Task(name="qnli", columns=("question", "sentence"), classes=("entailment", "not_entailment")),
+        Task(name="rte", classes=("entailment", "not_entailment")),
+        Task(name="wnli", classes=("not_entailment", "entailment")),
     )
 }
 
@@ -94,7 +103,8 @@ def read_task(task: Task, directory: Path | None) -> TaskData:
     classes = None if task.regression else _classes(tables[TRAIN], task)
     found = {name: [_example(row, task, classes) for row in tables[name]] for name in names}
     validation = {name: found[name] for name in task.validation}
-    return TaskData(task=task, train=found[TRAIN], validation=validation, classes=tuple(classes or ()))
+    names_of_classes = task.classes or tuple(classes or ())
+    return TaskData(task=task, train=found[TRAIN], validation=validation, classes=names_of_classes)
 
 
 def local_task(task: Task, directory: Path) -> Task:
@@ -145,6 +155,10 @@ def _example(row: TableRow, task: Task, classes: Mapping[str, int] | None) -> Ex
     if classes is None:
         return Example(texts=texts, label=_number(word, row, task))
     if word not in classes:
+        if task.classes:
+            raise UserError(
+                f"{row.where}: {task.label} is {word!r}. {_told_classes(task)} For labels of your own add --columns."
+            )
         known = ", ".join(list(classes)[:SHOWN])
         raise UserError(f"{row.where}: no row that is trained on has the label {word!r}. They have {known}.")
     return Example(texts=texts, label=classes[word])
@@ -159,7 +173,7 @@ def _label_text(row: TableRow, task: Task) -> str:
 
 
 def _classes(rows: Sequence[TableRow], task: Task) -> dict[str, int]:
-    """Class names in order, whole numbers by size, with their numbers."""
+    """What labels may stand in the rows, with their class's number: of a task of GLUE its names and numbers."""
     words = {_label_text(row, task) for row in rows}
     if len(words) < 2:
         raise UserError(f"{task.name}: all {len(rows)} rows that are trained on have the label {words.pop()!r}.")
@@ -169,9 +183,28 @@ def _classes(rows: Sequence[TableRow], task: Task) -> dict[str, int]:
             f"{task.name}: {task.label} has numbers such as {fractions[0]}. If they are values to be predicted, and "
             "no classes, add --regression."
         )
+    if task.classes:
+        return _named_classes(rows, task)
     whole = all(word.removeprefix("-").isdecimal() for word in words)
     ordered = sorted(words, key=int) if whole else sorted(words)
     return {word: number for number, word in enumerate(ordered)}
+
+
+def _named_classes(rows: Sequence[TableRow], task: Task) -> dict[str, int]:
+    known = {name: number for number, name in enumerate(task.classes)}
+    known |= {str(number): number for number in known.values()}
+    there = {_example(row, task, known).label for row in rows}
+    if len(there) < len(task.classes):
+        raise UserError(
+            f"{task.name}: the rows that are trained on have {len(there)} of its {len(task.classes)} classes. "
+            f"{_told_classes(task)}"
+        )
+    return known
+
+
+def _told_classes(task: Task) -> str:
+    numbers = ", ".join(map(str, range(len(task.classes))))
+    return f"The classes of {task.name} are {', '.join(task.classes)}, or {numbers} in this order."
 
 
 def _check_values(rows: Sequence[TableRow], task: Task) -> None:

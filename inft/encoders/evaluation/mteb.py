@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inft.training.storage import file_sha256, write_text
+from inft.encoders.outputs import check_output, write_json
+from inft.training.storage import file_sha256
 from params.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,14 +26,18 @@ class MissingTask(UserError):
     """MTEB has no task or benchmark of that name."""
 
 
-def run_mteb(model_dir: Path, tasks: Sequence[Any], output: Path, *, batch_size: int = 32) -> dict[str, float]:
+def run_mteb(
+    model_dir: Path, tasks: Sequence[Any], output: Path, *, batch_size: int = 32, overwrite: bool = False
+) -> dict[str, float]:
     """Evaluate an exported encoder on tasks and return the main score of each, from 0 to 1.
 
     `tasks` are names of tasks or benchmarks, or task objects of the library. Its result files go below `output`; those
-    of the same model are not made again. The scores are written to SUMMARY.
-    Errors: UserError without the library, for an unknown name, a directory that is no exported encoder and data out
-    of reach.
+    of the same model are not made again. The scores are written to SUMMARY, which `overwrite` lets replace another
+    model's.
+    Errors: UserError without the library, for an unknown name, a directory that is no exported encoder, data out of
+    reach, and scores of another model that are there.
     """
+    _check_summary(output / SUMMARY, model_dir, overwrite)
     library = _library()
     chosen = [task for entry in tasks for task in _tasks(library, entry)]
     model = exported_encoder(model_dir)
@@ -48,7 +53,7 @@ def run_mteb(model_dir: Path, tasks: Sequence[Any], output: Path, *, batch_size:
     except ConnectionError as error:
         raise UserError(f"the data of MTEB's tasks cannot be downloaded: {error}. Go online, or try again.") from error
     scores = {result.task_name: float(result.get_score()) for result in found.task_results}
-    write_text(output / SUMMARY, json.dumps({"model": str(model_dir), "scores": scores}, indent=1) + "\n")
+    write_json(output / SUMMARY, {"model": str(model_dir), "scores": scores})
     return scores
 
 
@@ -90,6 +95,18 @@ def mteb_table(scores: Mapping[str, float]) -> "Table":
     if len(scores) > 1:
         table.caption = f"mean of the tasks: {100 * statistics.fmean(scores.values()):.2f}"
     return table
+
+
+def _check_summary(summary: Path, model_dir: Path, overwrite: bool) -> None:
+    check_output(summary, overwrite=True)
+    if not summary.exists() or overwrite:
+        return
+    try:
+        other = json.loads(summary.read_text(encoding="utf-8"))["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{summary} is no summary of scores: give --overwrite to replace it, or another -o.") from error
+    if other != str(model_dir):
+        raise UserError(f"{summary} holds the scores of {other}: give --overwrite to replace it, or another -o.")
 
 
 def _library() -> Any:

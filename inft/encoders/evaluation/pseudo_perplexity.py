@@ -6,7 +6,6 @@ Ivanova 2023, "A Better Way to Do Masked Language Model Scoring"), since they wo
 Axes: T tokens of a stream of masked copies, N copies in it.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from inft.encoders.outputs import write_json
 from inft.encoders.stored import load_masked_lm, load_tokenizer, longest_text
-from inft.training.storage import write_text
 from params.errors import UserError
 
 TOKEN_BUDGET = 16_384  # tokens of one stream of masked copies
@@ -33,6 +32,7 @@ class ScoredDocument:
     log_likelihood: float  # nats, summed over its tokens
     tokens: int  # special ones not counted
     pieces: int  # above 1: it was longer than the context
+    unknown: int = 0  # tokens that stand for what the vocabulary does not have: easy to predict, and no words
     language: str | None = None
 
     @property
@@ -49,6 +49,7 @@ class CorpusScore:
     log_likelihood: float  # nats per token
     tokens: int
     documents: int
+    unknown: float = 0.0  # share of the tokens that stand for what the vocabulary does not have
 
 
 def perplexity(log_likelihood: float, tokens: int) -> float:
@@ -69,7 +70,7 @@ def evaluate_texts(
 ) -> list[ScoredDocument]:
     """Score pairs of text and language under a stored NeoBERT, on CUDA where there is one.
 
-    Errors: UserError for another architecture, and for texts longer than the model can take.
+    Errors: UserError for another architecture, a model without a masked-LM head, and texts longer than it can take.
     """
     tokenizer, model = load_tokenizer(place), load_masked_lm(place)
     longest = longest_text(tokenizer, model.config)
@@ -106,6 +107,7 @@ def score_documents(
         raise UserError("pseudo-perplexity needs a tokenizer with a mask token; this one has none.")
     cut = [_pieces(tokenizer, text, max_length, number) for number, text in enumerate(texts)]
     copies = (copy for index, pieces in enumerate(cut) for piece in pieces for copy in piece.copies(index, word_l2r))
+    unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
     sums = [0.0] * len(texts)
     for batch in _batches(copies, token_budget):
         for copy, nats in zip(batch, _log_likelihoods(model, batch, tokenizer.mask_token_id), strict=True):
@@ -115,6 +117,7 @@ def score_documents(
             log_likelihood=total,
             tokens=sum(len(piece.scored) for piece in pieces),
             pieces=len(pieces),
+            unknown=sum(int((piece.tokens[piece.scored] == unknown_id).sum()) for piece in pieces),
             language=None if languages is None else languages[index],
         )
         for index, (total, pieces) in enumerate(zip(sums, cut, strict=True))
@@ -137,18 +140,17 @@ def save_scores(path: Path, documents: Sequence[ScoredDocument], *, settings: Ma
         "corpora": {name: asdict(score) for name, score in corpus_scores(documents).items()},
         "documents": [{**asdict(document), "perplexity": document.perplexity} for document in documents],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    write_json(path, record)
 
 
 def perplexity_table(scores: Mapping[str, CorpusScore]) -> Table:
     """A row for each language, the last one for all."""
     table = Table(title="Pseudo-perplexity")
     table.add_column("language")
-    for heading in ("documents", "tokens", "nats per token", "pseudo-perplexity"):
+    for heading in ("documents", "tokens", "unknown", "nats per token", "pseudo-perplexity"):
         table.add_column(heading, justify="right")
     for name, score in scores.items():
-        figures = (f"{-score.log_likelihood:.4f}", f"{score.perplexity:.4g}")
+        figures = (f"{score.unknown:.2%}", f"{-score.log_likelihood:.4f}", f"{score.perplexity:.4g}")
         table.add_row(name, f"{score.documents:,}", f"{score.tokens:,}", *figures)
     return table
 
@@ -161,6 +163,7 @@ def _corpus(documents: Sequence[ScoredDocument]) -> CorpusScore:
         log_likelihood=total / tokens if tokens else math.nan,
         tokens=tokens,
         documents=len(documents),
+        unknown=sum(document.unknown for document in documents) / tokens if tokens else math.nan,
     )
 
 
@@ -198,6 +201,7 @@ def _pieces(tokenizer: Any, text: str, max_length: int, number: int) -> list[_Pi
         max_length=max_length,
         return_overflowing_tokens=True,
         return_special_tokens_mask=True,
+        split_special_tokens=True,  # "[MASK]" in a text is letters, as any other word
     )
     pieces = [
         _Piece(

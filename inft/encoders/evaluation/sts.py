@@ -34,10 +34,20 @@ def evaluate_sts(embedder: Embeds, file: Path, *, prompt: str = "query") -> dict
 
     Both texts get the same prompt. Errors: UserError naming a line that lacks a field, and for scores all alike.
     """
+    return score_pairs(embedder, read_pairs(file), prompt=prompt)
+
+
+def read_pairs(file: Path) -> list[ScoredPair]:
+    """Read a file's pairs; UserError naming a line that lacks a field, and for scores all alike."""
     pairs = [_scored(row) for row in read_table(file, FIELDS)]
-    scores_B = np.array([pair.score for pair in pairs])
-    if len(pairs) < 2 or (scores_B == scores_B[0]).all():
+    if len({pair.score for pair in pairs}) < 2:
         raise UserError(f"{file} has no two different scores: there is no order to compare with.")
+    return pairs
+
+
+def score_pairs(embedder: Embeds, pairs: Sequence[ScoredPair], *, prompt: str = "query") -> dict[str, float]:
+    """Return spearman and pairs; both texts of a pair get the same prompt."""
+    scores_B = np.array([pair.score for pair in pairs])
     ones, others = [pair.one for pair in pairs], [pair.other for pair in pairs]
     one_BD, other_BD = (embedder.embed(texts, prompt=prompt).astype(np.float64) for texts in (ones, others))
     norms_B = np.linalg.norm(one_BD, axis=1) * np.linalg.norm(other_BD, axis=1)
@@ -48,7 +58,7 @@ def evaluate_sts(embedder: Embeds, file: Path, *, prompt: str = "query") -> dict
 def _scored(row: TableRow) -> ScoredPair:
     value = row.values["score"]
     try:
-        number = float("" if value is None else value)
+        number = float("" if value is None or isinstance(value, bool) else value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,13 +66,20 @@ def read_texts(path: Path, text_column: str, language_column: str | None = None)
     return found
 
 
-def _rows_of(reader: Reader, path: Path) -> list[TableRow]:
+@contextmanager
+def utf8(path: Path) -> Iterator[None]:
+    """While a file is read: UserError when it cannot be, or is not UTF-8."""
     try:
-        rows = list(reader(path))
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
+
+
+def _rows_of(reader: Reader, path: Path) -> list[TableRow]:
+    with utf8(path):
+        rows = list(reader(path))
     if not rows:
         raise UserError(f"{path}: has no rows.")
     return rows

@@ -1,12 +1,11 @@
-"""Low precision in a pretraining run: check it, convert the model's linear layers, and what each step needs.
+"""Low precision in a pretraining run: check it, and convert the model's linear layers.
 
 The order of a run: check_low_precision before anything is loaded, convert_linears before the model is compiled or
-wrapped, after_step after each optimizer step. Batches are padded to token_multiple. A converted model has the state
-dictionary of the plain one, in names, shapes and dtypes, so that checkpoints know nothing of the precision.
+wrapped. Batches are padded to token_multiple. A converted model has the state dictionary of the plain one, in names,
+shapes and dtypes, so that checkpoints know nothing of the precision.
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,10 +20,11 @@ from params.encoder_lowprecision import LowPrecision, enabled_sections, low_prec
 from params.errors import UserError
 from params.lowprecision import TorchAOParams, TransformerEngineParams
 
-_EMULATED = {  # what runs on any hardware in the place of a family of torchao's recipes
+_ANYWHERE = {  # what runs on any hardware in the place of a family of torchao's recipes, with the same or such rounding
     "float8": "torchao.emulate: true",
     "mxfp8": "torchao.recipe: mxfp8_emulated",
     "mxfp4": "torchao.recipe: mxfp4_emulated",
+    "nvfp4": "torchao.recipe: mxfp4_qat",
 }
 
 
@@ -50,7 +50,7 @@ class Converted:
 def check_low_precision(params: EncoderParams) -> None:
     """Raise one UserError that names everything that keeps the enabled section from running here.
 
-    Settings that exclude each other, DeepSpeed, packages that are not installed, a GPU without the recipe's numbers.
+    Settings that exclude each other, packages that are not installed, a GPU without the recipe's numbers.
     """
     problems = low_precision_problems(params)
     enabled = enabled_sections(params)
@@ -61,10 +61,8 @@ def check_low_precision(params: EncoderParams) -> None:
 
 
 def _here(params: EncoderParams, name: str) -> Iterator[str]:
-    """What this machine and the way that the process was launched stand against."""
+    """What this machine stands against."""
     section, machine = getattr(params, name), this_machine()
-    if _flag("ACCELERATE_USE_DEEPSPEED"):
-        yield f"{name}.enable does not work under DeepSpeed: launch with FSDP2 or plain torchrun."
     if machine.gpu is None and _inductor_fails(params):
         yield (
             f"torchao.recipe: {section.recipe} cannot be compiled by inductor for a CPU: set "
@@ -82,18 +80,20 @@ def _inductor_fails(params: EncoderParams) -> bool:
 
 
 def _remedy(name: str, section: LowPrecision) -> str:
-    emulated = _EMULATED.get(section.recipe.partition("_")[0]) if name == "torchao" else None
-    slow = f", or {emulated} to try its rounding out, slowly" if emulated else ""
+    anywhere = _ANYWHERE.get(section.recipe.partition("_")[0]) if name == "torchao" else None
+    slow = f", or {anywhere} to try such rounding out, slowly" if anywhere else ""
     return f"Set {name}.enable: false to train in bf16{slow}."
 
 
 def convert_linears(model: nn.Module, params: EncoderParams) -> Converted:
     """Replace the linear layers of a plain model in place, as the enabled section says; nothing without one.
 
-    Weights stay the same parameters, except under transformer_engine and with FSDP's 8-bit gathering, which is why
-    optimizers are made afterwards.
-    Errors: UserError when filter_fqns names no layer, no layer is left, or the installed package lacks the recipe.
+    Weights stay the same parameters, except under transformer_engine and quartet2, which is why optimizers are made
+    afterwards.
+    Errors: UserError for all that check_low_precision finds, and when filter_fqns names no layer, no layer is left, or
+    the installed package lacks the recipe.
     """
+    check_low_precision(params)
     for name in enabled_sections(params):
         section: LowPrecision = getattr(params, name)
         layers = linear_shapes(model)
@@ -134,7 +134,7 @@ def _convert(model: nn.Module, names: list[str], section: LowPrecision) -> tuple
     if isinstance(section, TorchAOParams):
         from inft.encoders.lowprecision.torchao import convert_torchao
 
-        return convert_torchao(model, names, section, fsdp2=_fsdp2())
+        return convert_torchao(model, names, section)
     if isinstance(section, TransformerEngineParams):
         from inft.encoders.lowprecision.transformer_engine import convert_transformer_engine
 
@@ -168,20 +168,3 @@ def low_precision_context(params: EncoderParams) -> AbstractContextManager[None]
     from inft.encoders.lowprecision.transformer_engine import autocast
 
     return autocast(params.transformer_engine)
-
-
-def after_step(model: nn.Module, params: EncoderParams) -> None:
-    """Compute the scales of all 8-bit weights in one reduction, where torchao gathers them so under FSDP2."""
-    if params.torchao.enable and params.torchao.precompute_float8_dynamic_scale_for_fsdp and _fsdp2():
-        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
-
-        precompute_float8_dynamic_scale_for_fsdp(model)
-
-
-def _fsdp2() -> bool:
-    """Whether accelerate launched this process with FSDP2."""
-    return _flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") == "2"
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "false").lower() == "true"

@@ -17,7 +17,8 @@ FAMILIES: Mapping[Capability, str] = {
     (10, 0): "Blackwell",
     (12, 0): "Blackwell, sm120a",
 }
-# Of torchao: what is emulated runs anywhere.
+# Of torchao: what is emulated runs anywhere, and mxfp4_qat with it. torchao's nvfp4_qat multiplies NVFP4 by hardware in
+# the forward pass: torch has no such product without Blackwell.
 _TORCHAO: Mapping[str, Capability | None] = {
     "float8_tensorwise": (8, 9),
     "float8_rowwise": (8, 9),

@@ -5,7 +5,7 @@ hardware would and multiply in the input's dtype. Which calls exist changes betw
 Axes: T tokens, I inputs, O outputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,25 +49,30 @@ _MX = {  # recipe -> numbers, how scales are rounded, who multiplies
     "mxfp4_emulated": (_FLOAT4, _FLOOR, _EMULATED),
     "mxfp4_cutlass": (_FLOAT4, _FLOOR, _HARDWARE),
 }
-NO_FSDP2 = (
-    "torchao.enable_fsdp_float8_all_gather does nothing without FSDP2: weights are not gathered here. Launch with "
-    "accelerate launch --use_fsdp --fsdp_version 2, or drop it."
-)
+_OF_FSDP = ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp")
 
 
-def convert_torchao(model: nn.Module, names: Sequence[str], params: TorchAOParams, *, fsdp2: bool) -> tuple[str, ...]:
+def convert_torchao(model: nn.Module, names: Sequence[str], params: TorchAOParams) -> tuple[str, ...]:
     """Replace the linear layers of these names in place; return notes for the user."""
-    gathered = params.enable_fsdp_float8_all_gather and fsdp2
     if params.recipe.startswith("float8"):
-        _convert_float8(model, names, params, gathered=gathered)
+        _convert_float8(model, names, params)
     else:
         replace_linears(model, names, lambda linear: _without_float8(linear, params.recipe))
-    return (NO_FSDP2,) if params.enable_fsdp_float8_all_gather and not fsdp2 else ()
+    return tuple(_notes(params))
 
 
-def _convert_float8(model: nn.Module, names: Sequence[str], params: TorchAOParams, *, gathered: bool) -> None:
+def _notes(params: TorchAOParams) -> Iterator[str]:
+    """One note on the settings of FSDP, which configurations written for other trainers have."""
+    if idle := [f"torchao.{name}" for name in _OF_FSDP if getattr(params, name)]:
+        yield (
+            f"{' and '.join(idle)}: nothing is done without FSDP, which encoders do not train under; weights are whole "
+            "in every process here. You may drop what does nothing."
+        )
+
+
+def _convert_float8(model: nn.Module, names: Sequence[str], params: TorchAOParams) -> None:
     config = Float8LinearConfig.from_recipe_name(params.recipe.removeprefix("float8_"))
-    config = replace(config, emulate=params.emulate, enable_fsdp_float8_all_gather=gathered)
+    config = replace(config, emulate=params.emulate)
     chosen = frozenset(names)
 
     def is_chosen(module: nn.Module, name: str) -> bool:
