@@ -26,7 +26,7 @@ PANELS = (
     Panel("learning rate", "log", ("learning_rate",)),
     Panel("gradient norm", "log", ("grad_norm",), logarithmic=True),
 )
-# Drawn below them where a run has them, each group a row: with CRAFT, with --eval-captions, and of the methods.
+# Drawn below them where a run has them, each group a row: CRAFT's, of --eval-captions, of the methods, of text encoders.
 MORE_PANELS = (
     (
         Panel("losses of CRAFT", "log", ("loss/craft_contrast", "loss/craft_sft", "loss/craft_total")),
@@ -51,6 +51,14 @@ MORE_PANELS = (
     (
         Panel("reward of sampled answers", "log", ("reward",)),
         Panel("reward of held-out answers", "eval", ("reward",)),
+    ),
+    (
+        Panel("masked tokens predicted in training", "log", ("accuracy",)),
+        Panel("masked tokens predicted in held-out documents", "eval", ("accuracy",)),
+    ),
+    (
+        Panel("positives found in their batch", "log", ("in_batch_accuracy",)),
+        Panel("held-out retrieval", "eval", ("recall_at_1", "recall_at_10", "ndcg_at_10", "mrr")),
     ),
 )
 STYLES = ("-", "--", ":", "-.")  # of a panel's keys, where the colour says the run

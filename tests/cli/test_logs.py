@@ -95,6 +95,19 @@ def test_a_run_with_craft_has_panels_for_it_and_one_without_has_none(inft, monke
     assert len(found["metrics of CRAFT"]) == 1
 
 
+def test_a_text_encoder_has_panels_of_what_it_predicts_and_finds(inft, monkeypatch, tmp_path):
+    with JsonlLogger(tmp_path / "trainer_neobert.jsonl") as log:
+        log.event("run_start", task="pretraining", params={}, resumed_from_step=None, versions={}, hardware={}, data={})
+        usual = {"learning_rate": 1e-3, "grad_norm": 1.5, "tokens_per_second": 100.0}
+        log.event("log", step=1, epoch=0.1, loss=1.0, accuracy=0.3, **usual)
+        figures = {"accuracy": 0.4, "recall_at_1": 0.5, "mrr": 0.6}
+        log.event("eval", step=1, epoch=0.1, loss=1.0, tokens=9, languages={}, seconds=0.1, **figures)
+    found = panels_drawn(inft, monkeypatch, tmp_path)
+    assert len(found["masked tokens predicted in training"]) == 1
+    assert len(found["masked tokens predicted in held-out documents"]) == 1
+    assert found["held-out retrieval"] == ["recall_at_1", "mrr"]
+
+
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
