@@ -26,7 +26,7 @@ PANELS = (
     Panel("learning rate", "log", ("learning_rate",)),
     Panel("gradient norm", "log", ("grad_norm",), logarithmic=True),
 )
-# Drawn below them where a run has them, each group a row: CRAFT's, of --eval-captions, of the methods, of text encoders.
+# Drawn below them where a run has them, each group a row: CRAFT, --eval-captions, the methods, text encoders.
 MORE_PANELS = (
     (
         Panel("losses of CRAFT", "log", ("loss/craft_contrast", "loss/craft_sft", "loss/craft_total")),
