@@ -20,6 +20,9 @@ LIGHT_AT_IMPORT = (
     "inft.models.__init__",
     "inft.models.spec",
     "inft.rewards.",
+    "inft.client.__init__",
+    "inft.client.losses.__init__",
+    "inft.client.losses.registry",
     "inft.sample",
 )
 
@@ -46,6 +49,15 @@ ROOMS = {
     "inft.evaluation": {
         "inft.evaluation",
         "inft.training",
+        "inft.rewards",
+        "inft.models",
+        "inft.data",
+        "inft.sample",
+    },
+    "inft.client": {
+        "inft.client",
+        "inft.training",
+        "inft.evaluation.generate",
         "inft.rewards",
         "inft.models",
         "inft.data",

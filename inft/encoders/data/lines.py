@@ -30,7 +30,7 @@ SAMPLE = 2**12  # bytes that tell an array from lines
 _NEWLINE, _RETURN, _QUOTE = b"\n"[0], b"\r"[0], b'"'[0]
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _BOM = b"\xef\xbb\xbf"
-csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB of the default
+_LONGEST = 2**31 - 1  # characters of a field: a document may be longer than the csv module's default of 128 KiB
 
 
 def line_suffix(path: Path) -> str:
@@ -200,7 +200,11 @@ def _line_ends(path: Path, *, table: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _record(line: str, header: tuple[str, ...], delimiter: str) -> dict[str, str | None]:
-    (values,) = csv.reader([line.removesuffix("\r")], delimiter=delimiter, strict=True)
+    before = csv.field_size_limit(_LONGEST)  # the module's own, which other readers rely on
+    try:
+        (values,) = csv.reader([line.removesuffix("\r")], delimiter=delimiter, strict=True)
+    finally:
+        csv.field_size_limit(before)
     if len(values) != len(header):
         raise ValueError(f"{len(values)} fields, the header has {len(header)}")
     return dict(zip(header, values, strict=True))

@@ -1,0 +1,1 @@
+"""The training client: fine-tuning driven step by step from Python or over HTTP."""

@@ -1,0 +1,129 @@
+"""Losses by name: the built-in ones as plain data, those a user registers, and a user's own ``pkg.mod:fn``."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from params.errors import UserError
+
+if TYPE_CHECKING:
+    from inft.client.losses.inputs import LossInputs, LossOutput
+
+Loss = Callable[["LossInputs"], "LossOutput"]
+
+BUILT_IN = {
+    "token_ce": "inft.client.losses.token_ce:token_ce",
+    "margin_ranking": "inft.client.losses.margin_ranking:margin_ranking",
+    "contrastive": "inft.client.losses.contrastive:contrastive",
+    "mse": "inft.client.losses.mse:mse",
+    "cross_entropy": "inft.client.losses.policy:cross_entropy",
+    "importance_sampling": "inft.client.losses.policy:importance_sampling",
+    "ppo": "inft.client.losses.policy:ppo",
+    "cispo": "inft.client.losses.policy:cispo",
+    "reinforce": "inft.client.losses.policy:reinforce",
+}
+_registered: dict[str, Loss] = {}
+
+
+def loss_names() -> tuple[str, ...]:
+    """Return the names that resolve_loss knows: the built-in losses, then the registered ones."""
+    return (*BUILT_IN, *_registered)
+
+
+def register_loss(name: str, fn: Loss) -> None:
+    """Make `fn` known as `name`; registering a name again replaces it, so that a notebook's cell can run twice.
+
+    Errors: UserError for the name of a built-in loss, for a name that is no identifier, and for what cannot be called.
+    """
+    if name in BUILT_IN:
+        raise UserError(f"register_loss: {name!r} is a built-in loss: choose another name.")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise UserError(f"register_loss: the name {name!r} is no word of letters, digits and _: choose such a one.")
+    _registered[name] = _checked(fn, name)
+
+
+def resolve_loss(
+    loss: str | Loss, *, allowed: Collection[str] | None = None, options: Mapping[str, Any] | None = None
+) -> Loss:
+    """Return the loss that a name, a function or ``pkg.mod:fn`` stands for.
+
+    `allowed` is a server's list of names and ``pkg.mod:fn``: nothing else is resolved, and no other module is imported.
+    None, in process, allows everything. `options` are keyword arguments of the loss, such as ``{"margin": 0.5}``.
+    Errors: UserError for an unknown name, with the nearest; for what is not allowed; for a module that cannot be
+    imported, a function that it does not have, and an option that the loss does not take.
+    """
+    if allowed is not None:
+        _require_allowed(loss, allowed)
+    if isinstance(loss, str):
+        name, function = loss, _named(loss)
+    else:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        function = _checked(loss, name)
+    if not options:
+        return function
+    _require_options(function, name, options)
+    return functools.partial(function, **options)
+
+
+def _require_allowed(loss: str | Loss, allowed: Collection[str]) -> None:
+    if not isinstance(loss, str):
+        raise UserError("loss: a function cannot be sent to a server: name a loss, or train in process.")
+    if loss not in allowed:
+        raise UserError(f"loss {loss!r} is not allowed here; {_hint(loss, allowed)}")
+
+
+def _named(name: str) -> Loss:
+    if name in _registered:
+        return _registered[name]
+    if name not in BUILT_IN and ":" not in name:
+        raise UserError(f"loss {name!r} is unknown; {_hint(name, loss_names())}")
+    place = BUILT_IN.get(name, name)
+    module_name, _, attribute = place.rpartition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise UserError(f"loss {name!r}: expected module:function, such as my_losses:focal.")
+    module = _module(module_name, name)
+    if not hasattr(module, attribute):
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"loss {name!r}: {module_name} has no function {attribute!r}; {_hint(attribute, own)}")
+    return _checked(getattr(module, attribute), name)
+
+
+def _module(module_name: str, name: str) -> ModuleType:
+    try:
+        return import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(f"loss {name!r}: there is no module {error.name}: install it, or mend the name.") from error
+        raise UserError(f"loss {name!r}: importing {module_name} needs {error.name}: install it.") from error
+    except (Exception, SystemExit) as error:  # whatever the user's module does at its import
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"loss {name!r}: importing {module_name} failed with {said}.") from error
+
+
+def _checked(function: Any, name: str) -> Loss:
+    if not callable(function) or inspect.isclass(function):
+        kind = "a class" if inspect.isclass(function) else f"of type {type(function).__name__}"
+        raise UserError(f"loss {name!r} is {kind}: a loss is a function of LossInputs that returns LossOutput.")
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"loss {name!r} is an async function: write it with def.")
+    found: Loss = function
+    return found
+
+
+def _require_options(function: Loss, name: str, options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise UserError(f"loss {name!r} has no option {option!r}; {_hint(option, known)}")
+
+
+def _hint(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)) or 'none'}."

@@ -1,0 +1,1 @@
+"""Differential privacy of training steps: per-example clipping, noise, accounting and calibration."""

@@ -1,0 +1,138 @@
+"""Losses are found by name, function or module:function, and a server's list is final."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from inft.client.losses import loss_names, register_loss, registry, resolve_loss
+from inft.client.losses.inputs import LossInputs, LossOutput, evaluate_loss
+from inft.client.losses.token_ce import token_ce
+from params.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def empty_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module with a loss, which leaves a mark when it is imported."""
+    text = (
+        "from pathlib import Path\n"
+        "from inft.client.losses.token_ce import token_ce\n"
+        "Path(__file__).with_name('imported').touch()\n"
+        "def doubled(inputs): return token_ce(inputs)\n"
+        "async def later(inputs): return None\n"
+        "number = 3\n"
+    )
+    (tmp_path / "own_client_losses.py").write_text(text)
+    (tmp_path / "broken_client_losses.py").write_text("raise RuntimeError('no licence')\n")
+    (tmp_path / "needy_client_losses.py").write_text("import not_there_at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("own_client_losses", "broken_client_losses", "needy_client_losses"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return "own_client_losses"
+
+
+def inputs() -> LossInputs:
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    return LossInputs(
+        logits_BTV=torch.zeros(2, 3, 4, requires_grad=True), labels_BT=labels, attention_mask_BT=labels + 1
+    )
+
+
+def test_built_in_names_are_found() -> None:
+    assert resolve_loss("token_ce") is token_ce
+    assert {"token_ce", "margin_ranking", "contrastive", "mse", "ppo", "cispo"} <= set(loss_names())
+    assert all(callable(resolve_loss(name)) for name in loss_names())
+
+
+def test_a_registered_loss_is_found_and_may_be_replaced() -> None:
+    register_loss("focal", lambda given: token_ce(given))
+    register_loss("focal", token_ce)
+    assert resolve_loss("focal") is token_ce
+    assert "focal" in loss_names()
+
+
+def test_a_function_and_a_module_function_are_taken_in_process(own_module: str) -> None:
+    assert resolve_loss(token_ce) is token_ce
+    assert resolve_loss(f"{own_module}:doubled")(inputs()).loss.ndim == 0
+
+
+def test_options_are_bound_and_unknown_ones_refused() -> None:
+    resolve_loss("ppo", options={"clip_high": 1.3})
+    with pytest.raises(UserError, match="no option 'clip_hi'; did you mean 'clip_high'"):
+        resolve_loss("ppo", options={"clip_hi": 1.3})
+
+
+def test_a_server_resolves_what_is_on_its_list_alone(own_module: str, tmp_path: Path) -> None:
+    allowed = ("token_ce", "mse")
+    assert resolve_loss("token_ce", allowed=allowed) is token_ce
+    with pytest.raises(UserError, match="not allowed here; known: mse, token_ce"):
+        resolve_loss(f"{own_module}:doubled", allowed=allowed)
+    assert not (tmp_path / "imported").exists(), "a module that is not allowed was imported"
+    with pytest.raises(UserError, match="not allowed here; did you mean 'token_ce'"):
+        resolve_loss("token_cf", allowed=allowed)
+    with pytest.raises(UserError, match="cannot be sent to a server"):
+        resolve_loss(token_ce, allowed=allowed)
+    assert resolve_loss(f"{own_module}:doubled", allowed=(f"{own_module}:doubled",))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("token_cee", "unknown; did you mean 'token_ce'"),
+        ("zzz", "unknown; known: cispo"),
+        ("own_client_losses:dubled", "no function 'dubled'; did you mean 'doubled'"),
+        ("own_client_losses:number", "of type int"),
+        ("own_client_losses:later", "async"),
+        ("own_client_losses:Path", "a class"),
+        ("not_there_at_all:loss", "no module not_there_at_all"),
+        ("needy_client_losses:loss", "needs not_there_at_all"),
+        ("broken_client_losses:loss", "failed with RuntimeError: no licence"),
+        ("own_client_losses.py:doubled:x", "expected module:function"),
+        ("../own:doubled", "expected module:function"),
+        (":doubled", "expected module:function"),
+    ],
+)
+def test_what_cannot_be_resolved_is_named(own_module: str, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_loss(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [("mse", token_ce, "built-in"), ("a:b", token_ce, "no word"), ("own", 3, "type int"), ("own", LossInputs, "class")],
+)
+def test_what_cannot_be_registered_is_named(name: str, function: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        register_loss(name, function)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda given: given.logits_BTV.sum(), "returned Tensor"),
+        (lambda given: LossOutput(loss=given.logits_BTV), "one number"),
+        (lambda given: LossOutput(loss=given.logits_BTV.detach().sum()), "no gradient"),
+        (
+            lambda given: LossOutput(loss=given.logits_BTV.sum(), per_example_B=torch.zeros(3)),
+            "3 per-example .* 2 rows",
+        ),
+        (lambda given: LossOutput(loss=given.logits_BTV.sum(), per_example_B=given.logits_BTV.sum()), "one number per"),
+    ],
+)
+def test_a_users_loss_that_returns_something_else_is_named(function: registry.Loss, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate_loss(function, inputs(), name="own")
+
+
+def test_names_are_known_without_torch() -> None:
+    code = (
+        "import sys; import inft.client.losses.registry as r; assert r.loss_names(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
