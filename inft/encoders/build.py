@@ -1,9 +1,11 @@
 """An encoder's tokenizer and model from the parameters: new from the seed, or from stored weights."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from inft.encoders.data.tokenised import tokenizer_fingerprint
@@ -64,15 +66,26 @@ def _has_tokenizer(directory: Path) -> bool:
     return any((place / "tokenizer.json").is_file() for place in (directory, directory / "tokenizer"))
 
 
+def check_attention(params: EncoderParams) -> None:
+    """UserError that names what model.attn_backend lacks on this machine."""
+    cuda, half = torch.cuda.is_available(), params.trainer.mixed_precision == "bf16"
+    check_backend(params.model.attn_backend, "cuda" if cuda else "cpu", torch.bfloat16 if half else torch.float32)
+
+
+def new_config(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> NeoBERTConfig:
+    """The configuration of a new model."""
+    fields = {name: getattr(params.model, name) for name in ARCHITECTURE}
+    return NeoBERTConfig(**fields, pad_token_id=tokenizer.pad_token_id)
+
+
 def build_model(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> NeoBERTForMaskedLM:
     """Return the model with its masked-LM head, in float32.
 
     Errors: UserError where the vocabulary, the context or the stored weights do not fit.
     """
-    cuda, half = torch.cuda.is_available(), params.trainer.mixed_precision == "bf16"
-    check_backend(params.model.attn_backend, "cuda" if cuda else "cpu", torch.bfloat16 if half else torch.float32)
+    check_attention(params)
     stored = params.model.name
-    model = _new_model(params, tokenizer) if stored is None else _stored_model(params, stored)
+    model = _stored_model(params, stored) if stored else NeoBERTForMaskedLM(new_config(params, tokenizer))
     tokens, rows = len(tokenizer), model.config.vocab_size
     if tokens > rows:
         raise UserError(
@@ -99,26 +112,19 @@ def architecture_notice(params: EncoderParams, model: NeoBERTForMaskedLM) -> str
     return f"model.{', model.'.join(unread)} are not read: {params.model.name} brings its own architecture."
 
 
-def compile_blocks(model: NeoBERTForMaskedLM, params: EncoderParams) -> None:
-    """Compile each block in place, as trainer.torch_compile says: one graph serves all, and names stay."""
+def compile_in_place(parts: Iterable[nn.Module], params: EncoderParams, *, dynamic: bool) -> None:
+    """Compile modules as trainer.torch_compile says, in place, so that names stay; `dynamic` where it says nothing."""
     trainer = params.trainer
     if not trainer.torch_compile:
         return
-    for block in model.model.transformer_encoder:
-        block.compile(backend=trainer.torch_compile_backend, dynamic=bool(trainer.torch_compile_dynamic))
-
-
-def _new_model(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> NeoBERTForMaskedLM:
-    fields = {name: getattr(params.model, name) for name in ARCHITECTURE}
-    return NeoBERTForMaskedLM(NeoBERTConfig(**fields, pad_token_id=tokenizer.pad_token_id))
+    told = trainer.torch_compile_dynamic
+    for part in parts:
+        part.compile(backend=trainer.torch_compile_backend, dynamic=dynamic if told is None else told)
 
 
 def _stored_model(params: EncoderParams, stored: str) -> NeoBERTForMaskedLM:
-    model = load_published(stored)
+    model = load_published(stored, attn_backend=params.model.attn_backend)
     config, wanted = model.config, params.dataset.max_seq_length
-    config.attn_backend = params.model.attn_backend
-    for block in model.model.transformer_encoder:
-        block.attn_backend = params.model.attn_backend
     if wanted > config.max_position_embeddings:
         if not config.rope:
             raise UserError(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inft.training.processes import gather, is_main, process_count, rank
-from inft.training.resume import checkpoints, write_manifest
+from inft.training.resume import checkpoints, flat_fields, write_manifest
 from inft.training.storage import remove, staged
 from params.encoder import EncoderParams
 from params.encoder_resolve import dump_encoder_yaml, load_encoder_params
@@ -182,7 +182,7 @@ def refuse_changes(checkpoint: Path, params: EncoderParams, data: Mapping[str, A
 
 
 def _changes(before: EncoderParams, now: EncoderParams, *, step: int) -> Iterator[tuple[str, Any, Any, bool]]:
-    old, new = dict(_flat(asdict(before))), dict(_flat(asdict(now)))
+    old, new = dict(flat_fields(asdict(before))), dict(flat_fields(asdict(now)))
     for name in old:
         if old[name] != new[name]:
             scheduled = name == "trainer.max_steps" or name.startswith("scheduler.")
@@ -209,14 +209,6 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
         yield name, old, new
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in fields.items():
-        if isinstance(value, Mapping) and not prefix:
-            yield from _flat(value, f"{name}.")
-        else:
-            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 def _random_states() -> dict[str, torch.Tensor]:

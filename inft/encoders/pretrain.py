@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inft.encoders.build import architecture_notice, as_loaded, build_model, compile_blocks, load_tokenizer
+from inft.encoders.build import architecture_notice, as_loaded, build_model, compile_in_place, load_tokenizer
 from inft.encoders.data.batches import EvaluationBatches, FlatBatch, LoaderState, PretrainingBatches
 from inft.encoders.data.documents import TextData, open_data
 from inft.encoders.data.flat import rounded_up
@@ -58,7 +58,7 @@ def build(params: EncoderParams, console: Console) -> Parts:
     converted = convert_linears(model, params)
     for line in (converted.describe(), *converted.notes) if converted.converted else ():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    compile_blocks(model, params)
+    compile_in_place(model.model.transformer_encoder, params, dynamic=False)  # one graph serves all blocks
     task = MaskedTokens(params, tokenizer, data)
     for notice in task.batches.notices:
         console.print(notice, highlight=False, markup=False, soft_wrap=True)

@@ -4,8 +4,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from inft.encoders.checkpoints import CONFIG_FILE, MODELS, STATES, STEP, newest_
 from inft.encoders.loop import Loop, Outcome, Task
 from inft.encoders.report import Report
 from inft.training.callbacks import GracefulStop, sigterm_interrupts
-from inft.training.hardware import hardware, hardware_line, peak_memory, versions
+from inft.training.hardware import hardware, hardware_line, out_of_memory_told, peak_memory, versions
 from inft.training.logfiles import PREFIX
 from inft.training.prepare import draw_apart
 from inft.training.processes import is_main, joined, launch_command, lost_process_told, on_main, together
 from inft.training.quiet import quiet_libraries
 from inft.training.resume import checkpoints, find_checkpoint
-from inft.training.runlog import JsonlLogger
+from inft.training.runlog import JsonlLogger, errors_logged
 from inft.training.storage import PREVIOUS, STAGING, disk_trouble, locked, remove, remove_leftovers, write_text
 from params.encoder import EncoderParams
 from params.encoder_resolve import dump_encoder_yaml
@@ -32,6 +32,11 @@ from params.errors import UserError
 
 OURS = re.compile(
     rf"{STATES}|{MODELS}|{re.escape(CONFIG_FILE)}|pre_tokenized|demo|{re.escape(STAGING)}.*|{re.escape(PREVIOUS)}.*"
+)
+
+LESS_MEMORY = (
+    "Lower trainer.per_device_train_batch_size (and raise trainer.gradient_accumulation_steps) or "
+    "dataset.max_seq_length; turn on trainer.gradient_checkpointing."
 )
 
 
@@ -79,7 +84,8 @@ def run_encoder(
         log = stack.enter_context(
             together(lambda: JsonlLogger(file if is_main() else None, setting="trainer.logs_dir"))
         )
-        stack.enter_context(_errors_told(log))
+        for told in (errors_logged(log), out_of_memory_told(LESS_MEMORY), lost_process_told()):
+            stack.enter_context(told)
         parts = together(lambda: build(_own_weights(params, checkpoint), console))
         draw_apart(params.seed)
         step = read_run(checkpoint)["step"] if checkpoint else None
@@ -188,25 +194,6 @@ def _prepare_process(params: EncoderParams, console: Console) -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # that tied weights are stored once
     quiet_libraries(progress_bars=console.is_terminal and is_main())
     _say(console, hardware_line(hardware()))
-
-
-@contextmanager
-def _errors_told(log: JsonlLogger) -> Iterator[None]:
-    """Write what ends a run to its log; a full GPU becomes a message that says what takes less."""
-    try:
-        with lost_process_told():
-            try:
-                yield
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    "the GPU's memory is full. Lower trainer.per_device_train_batch_size (and raise "
-                    "trainer.gradient_accumulation_steps) or dataset.max_seq_length; turn on "
-                    f"trainer.gradient_checkpointing. Checkpoints are kept. ({str(error).splitlines()[0]})"
-                ) from error
-    except BaseException as error:
-        with suppress(UserError):  # a log that cannot be written must not hide the error
-            log.event("error", kind=type(error).__name__, message=str(error))
-        raise
 
 
 def _run_start(params: EncoderParams, parts: Parts, step: int | None) -> dict[str, Any]:

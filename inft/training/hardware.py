@@ -3,12 +3,15 @@
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from inft.training.processes import process_count
+from params.errors import UserError
 
 LIBRARIES = ("inft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
@@ -58,6 +61,17 @@ def peak_memory() -> dict[str, int | None]:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak_gpu_bytes": gpu}
+
+
+@contextmanager
+def out_of_memory_told(remedy: str) -> Iterator[None]:
+    """Turn a full GPU into a message that says what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full. {remedy} Checkpoints are kept. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _version(name: str) -> str | None:

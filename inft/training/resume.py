@@ -235,7 +235,7 @@ def _foreign_files(output_dir: Path, best_dir: Path) -> list[str]:
 
 def changed_parameters(before: TrainParams, now: TrainParams) -> Iterator[tuple[str, Any, Any, bool]]:
     """(dotted name, old, new, harmless) of every parameter that differs between a run and its continuation."""
-    old, new = dict(_flat(asdict(before))), dict(_flat(asdict(now)))
+    old, new = dict(flat_fields(asdict(before))), dict(flat_fields(asdict(now)))
     chosen_by_captions = before.sft.best_metric not in ("loss", "reward")
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
@@ -259,10 +259,11 @@ def refuse_changed_parameters(before: TrainParams, now: TrainParams) -> list[str
     return notes
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_fields(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of parameters as plain data, tuples as lists; sections are one level deep."""
     for name, value in fields.items():
         if isinstance(value, Mapping) and prefix == "":
-            yield from _flat(value, f"{name}.")
+            yield from flat_fields(value, f"{name}.")
         else:
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 

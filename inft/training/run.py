@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback
@@ -27,7 +26,7 @@ from inft.training.best import BestKeeper, criterion_of, read_best
 from inft.training.callbacks import BestCallback, BestSoFar, GracefulStop, TrainerLoggingCallback, sigterm_interrupts
 from inft.training.contrast import shortage_told_once
 from inft.training.guards import GuardResult, run_guards
-from inft.training.hardware import hardware, peak_memory, versions
+from inft.training.hardware import hardware, out_of_memory_told, peak_memory, versions
 from inft.training.methods import load_method
 from inft.training.methods.method import Method, Setup
 from inft.training.plan import Plan, log_file, make_plan, show_parameters, show_plan
@@ -55,12 +54,17 @@ from inft.training.processes import (
 from inft.training.progress import ProgressReport
 from inft.training.quantise import after_quantised_load, quantization_config
 from inft.training.resume import PARAMS_FILE, QUARANTINE_FILE, delete_run, refuse_missing_best
-from inft.training.runlog import JsonlLogger
+from inft.training.runlog import JsonlLogger, errors_logged
 from inft.training.runtrainer import RunTrainer
 from inft.training.storage import write_text
 from params import TrainParams, UserError
 from params.presets import lora_targets
 from params.resolve import dump_yaml
+
+LESS_MEMORY = (
+    "Lower sft.per_device_train_batch_size (and raise sft.gradient_accumulation_steps), basic.max_length or, for Aya, "
+    "basic.max_image_tiles; turn on sft.gradient_checkpointing and qlora.load_in_4bit."
+)
 
 Status = Literal["finished", "early_stopped", "interrupted", "dry_run"]
 
@@ -349,32 +353,8 @@ def _told(file: Path | None, console: Console) -> Iterator[tuple[JsonlLogger, Pr
         log,
         ProgressReport(console) as progress,
         when_another_fails(_last_words(log, progress)),
-        _errors_logged(log),
-        _out_of_memory_told(),
+        errors_logged(log),
+        out_of_memory_told(LESS_MEMORY),
         lost_process_told(),
     ):
         yield log, progress
-
-
-@contextmanager
-def _out_of_memory_told() -> Iterator[None]:
-    """Turn a full GPU into a message that says what takes less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the GPU's memory is full. Lower sft.per_device_train_batch_size (and raise "
-            "sft.gradient_accumulation_steps), basic.max_length or, for Aya, basic.max_image_tiles; turn on "
-            f"sft.gradient_checkpointing and qlora.load_in_4bit. Checkpoints are kept. ({str(error).splitlines()[0]})"
-        ) from error
-
-
-@contextmanager
-def _errors_logged(log: JsonlLogger) -> Iterator[None]:
-    """Write what ends a run to its log before it goes on its way."""
-    try:
-        yield
-    except BaseException as error:
-        with suppress(UserError):  # a log that cannot be written must not hide the error
-            log.event("error", kind=type(error).__name__, message=str(error))
-        raise

@@ -5,7 +5,7 @@ import math
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,6 +92,17 @@ class JsonlLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def errors_logged(log: JsonlLogger) -> Iterator[None]:
+    """Write what ends a run to its log before it goes on its way."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(UserError):  # a log that cannot be written must not hide the error
+            log.event("error", kind=type(error).__name__, message=str(error))
+        raise
 
 
 def read_events(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -6,16 +6,14 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
-from inft.encoders.build import ARCHITECTURE
+from inft.encoders.build import check_attention, compile_in_place, new_config
 from inft.encoders.contrastive.encode import longest_text
 from inft.models.loading import local_source
-from inft.models.neobert import NeoBERTConfig, NeoBERTModel
-from inft.models.neobert_attention import check_backend
+from inft.models.neobert import NeoBERTModel
 from inft.models.neobert_import import load_published
 from params.encoder import EncoderParams
 from params.errors import UserError
@@ -26,11 +24,9 @@ def build_encoder(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> 
 
     Errors: UserError where vocabulary or context do not fit, and for weights that cannot be loaded.
     """
-    cuda, half = torch.cuda.is_available(), params.trainer.mixed_precision == "bf16"
-    check_backend(params.model.attn_backend, "cuda" if cuda else "cpu", torch.bfloat16 if half else torch.float32)
+    check_attention(params)
     if params.model.name is None:
-        fields = {name: getattr(params.model, name) for name in ARCHITECTURE}
-        model: PreTrainedModel = NeoBERTModel(NeoBERTConfig(**fields, pad_token_id=tokenizer.pad_token_id))
+        model: PreTrainedModel = NeoBERTModel(new_config(params, tokenizer))
     else:
         model = load_encoder(params.model.name, attn_backend=params.model.attn_backend)
     check_fit(model, tokenizer, max(params.dataset.max_seq_length, params.contrastive.query_max_length or 0))
@@ -41,7 +37,8 @@ def build_encoder(params: EncoderParams, tokenizer: PreTrainedTokenizerBase) -> 
                 "false; contrastive.gradcache_chunk_size saves memory, too."
             )
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    _compile(model, params)
+    blocks = model.transformer_encoder if isinstance(model, NeoBERTModel) else [model]
+    compile_in_place(blocks, params, dynamic=True)  # texts differ in length
     return model.float().train()
 
 
@@ -114,14 +111,3 @@ def _has_pooling_layer(config: Any) -> bool:
     if type(config) not in MODEL_MAPPING:
         return False
     return "add_pooling_layer" in signature(MODEL_MAPPING[type(config)].__init__).parameters
-
-
-def _compile(model: PreTrainedModel, params: EncoderParams) -> None:
-    """Compile in place, blocks of NeoBERT or the whole of another model; texts differ in length, so shapes are free."""
-    trainer = params.trainer
-    if not trainer.torch_compile:
-        return
-    dynamic = True if trainer.torch_compile_dynamic is None else trainer.torch_compile_dynamic
-    parts: list[torch.nn.Module] = list(model.transformer_encoder) if isinstance(model, NeoBERTModel) else [model]
-    for part in parts:
-        part.compile(backend=trainer.torch_compile_backend, dynamic=dynamic)
