@@ -20,8 +20,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def quiet_libraries() -> None:
     """Keep what libraries say to their developers off a user's terminal; errors and warnings of ours stay."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing optional kernel, at every import
-    for name in ("torchao", "torch.utils._pytree"):  # kernels of other GPUs, at every import of torchao
+    from inft.training.quiet import TALKATIVE
+
+    for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():  # bars drawn over each other in a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -64,6 +64,9 @@ class Schema:
         if key in self.sections:
             return f"{key} is a section: its fields stand below it, or as {self.setting.format(key)}."
         section, _, field = key.rpartition(".")
+        plain = [name for name in self.field_types if "." not in name]
+        if not section and (like := difflib.get_close_matches(key, [*plain, *self.sections], n=1, cutoff=0.8)):
+            return f"{key} is not a parameter; did you mean {like[0]}?"
         if near := self._nearest(section, field):
             return f"{key} is not a parameter; did you mean {' or '.join(near)}?"
         if section in self.sections:

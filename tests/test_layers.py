@@ -23,6 +23,13 @@ LIGHT_AT_IMPORT = (
     "inft.client.__init__",
     "inft.client.losses.__init__",
     "inft.client.losses.registry",
+    "inft.client.errors",
+    "inft.client.operations",
+    "inft.client.schedule",
+    "inft.client.store",
+    "inft.client.audit",
+    "inft.client.sdk.",
+    "inft.client.api.",
     "inft.sample",
 )
 

@@ -16,6 +16,8 @@ COMMANDS = {
     "list-modules": "inft.cli.list_modules:app",
     "list-params": "inft.cli.list_params:app",
     "logs": "inft.cli.logs:app",
+    "serve": "inft.cli.serve:app",
+    "audit": "inft.cli.audit:app",
 }
 
 INTERRUPTED = 130  # exit status of a command ended by Ctrl-C, as shells have it

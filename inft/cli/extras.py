@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from params.errors import UserError
 
 SCORING = ("sacrebleu", "pycocoevalcap", "jieba", "MeCab", "unidic_lite")  # of the extra `eval`: what scores captions
+CLIENT = ("fastapi", "uvicorn", "httpx", "opacus")  # of the extra `client`: the training client and its service
 
 
 def require_extras(*modules: str) -> None:
@@ -17,3 +18,10 @@ def require_extras(*modules: str) -> None:
         raise UserError(
             f"not installed here: {', '.join(missing)}. Install them: pip install 'inft[{','.join(extras)}]'."
         )
+
+
+def require_client() -> None:
+    """UserError naming what of the extra `client` is not installed; imports none of it."""
+    missing = [name for name in CLIENT if find_spec(name) is None]
+    if missing:
+        raise UserError(f"not installed here: {', '.join(missing)}. Install them: pip install 'inft[client]'.")

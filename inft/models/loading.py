@@ -162,16 +162,29 @@ def hub_source(
     return Source(name=name, local_files_only=False)
 
 
+def family_of(source: Source) -> ModelSpec:
+    """Return the family that a model is of, told by the model_type of its configuration.
+
+    Errors: UserError for a configuration that cannot be read, and a model that generates no text.
+    """
+    import transformers
+
+    config = _config(source)
+    specs = [load_spec(name) for name in MODELS]
+    of_its_type = next((spec for spec in specs if config.model_type in spec.model_types), None)
+    if of_its_type is not None:
+        return of_its_type
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        titles = " or ".join(spec.title for spec in specs if spec.model_types)
+        raise UserError(f"{source.name} is a {config.model_type} model: give a causal language model, {titles}.")
+    return next(spec for spec in specs if not spec.model_types)
+
+
 def read_config(spec: ModelSpec, source: Source) -> "PretrainedConfig":
     """Return a model's configuration; UserError when it belongs to another family, which is named."""
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            source.name, local_files_only=source.local_files_only, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the configuration of {source.name}: {error}") from error
+    config = _config(source)
     families = {kind: name for name in MODELS for kind in load_spec(name).model_types}
     known = families.get(config.model_type)
     if spec.model_types and config.model_type not in spec.model_types:
@@ -183,6 +196,17 @@ def read_config(spec: ModelSpec, source: Source) -> "PretrainedConfig":
     if not spec.model_types and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{source.name} is a {config.model_type} model, not a causal language model.")
     return config
+
+
+def _config(source: Source) -> "PretrainedConfig":
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            source.name, local_files_only=source.local_files_only, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the configuration of {source.name}: {error}") from error
 
 
 def _check_parts(spec: ModelSpec, processor: Any, name: str) -> None:

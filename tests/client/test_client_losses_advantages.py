@@ -44,6 +44,9 @@ def test_rewards_in_a_list_give_float32() -> None:
         ([], 2, "whole groups"),
         ([1.0, 2.0], 1, "group_size is 1"),
         ([1.0, float("nan")], 2, "rollout 1 is nan"),
+        (["a", "b"], 2, "a flat list of numbers"),
+        ([[1.0], [1.0, 2.0]], 2, "a flat list of numbers"),
+        ([1.0, 10**400], 2, "a flat list of numbers"),
     ],
 )
 def test_wrong_rewards_are_named(rewards: list[float], size: int, message: str) -> None:

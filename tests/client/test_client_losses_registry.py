@@ -1,8 +1,10 @@
 """Losses are found by name, function or module:function, and a server's list is final."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +71,25 @@ def test_options_are_bound_and_unknown_ones_refused() -> None:
         resolve_loss("ppo", options={"clip_hi": 1.3})
 
 
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("ppo", {"clip_high": "1.2"}),
+        ("ppo", {"clip_high": None}),
+        ("ppo", {"clip_high": float("nan")}),
+        ("margin_ranking", {"margin": float("inf")}),
+        ("margin_ranking", {"margin": True}),
+        ("contrastive", {"temperature": [0.1]}),
+        ("contrastive", {"pooling": 3}),
+        (math.sqrt, {"pooling": 3}),
+        (max, {"key": 3}),
+    ],
+)
+def test_options_of_another_kind_are_refused(loss: str | registry.Loss, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(options))}|does not say"):
+        resolve_loss(loss, options=options)
+
+
 def test_a_server_resolves_what_is_on_its_list_alone(own_module: str, tmp_path: Path) -> None:
     allowed = ("token_ce", "mse")
     assert resolve_loss("token_ce", allowed=allowed) is token_ce
@@ -118,7 +139,14 @@ def test_what_cannot_be_registered_is_named(name: str, function: object, message
     [
         (lambda given: given.logits_BTV.sum(), "returned Tensor"),
         (lambda given: LossOutput(loss=given.logits_BTV), "one number"),
-        (lambda given: LossOutput(loss=given.logits_BTV.detach().sum()), "no gradient"),
+        (lambda given: LossOutput(loss=given.logits_BTV.detach().sum()), "loss has no gradient"),
+        (
+            lambda given: LossOutput(loss=given.logits_BTV.sum(), per_example_B=torch.zeros(2)),
+            "per_example_B has no gradient",
+        ),
+        (lambda given: LossOutput(loss=given.logits_BTV.sum(), denominator=0), "denominator is 0"),
+        (lambda given: LossOutput(loss=given.logits_BTV.sum(), denominator=torch.ones(())), "denominator is tensor"),
+        (lambda given: LossOutput(loss=given.logits_BTV.sum(), metrics={"a": torch.ones(())}), "'a' is Tensor"),
         (
             lambda given: LossOutput(loss=given.logits_BTV.sum(), per_example_B=torch.zeros(3)),
             "3 per-example .* 2 rows",

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("opacus")
 
-from inft.client.privacy.accountant import ORDERS, Accountant, TooLittleNoise, spent_epsilon
+from opacus.accountants import PRVAccountant, RDPAccountant
+
+from inft.client.privacy import prv
+from inft.client.privacy.accountant import Accountant, TooLittleNoise, spent_epsilon
 from inft.client.privacy.calibrate import BudgetExhausted, calibrate_noise, check_budget
+from inft.client.privacy.rdp import ORDERS
 from params.errors import UserError
 
 DELTA = 1e-5
@@ -40,6 +44,38 @@ def spent(noise: float, rate: float, steps: int, accountant: str = "rdp", delta:
 def test_epsilon_is_the_golden_table(noise, rate, steps, rdp, prv):
     assert spent(noise, rate, steps, "rdp") == pytest.approx(rdp, abs=0.01)
     assert spent(noise, rate, steps, "prv") == pytest.approx(prv, abs=0.01)
+
+
+@given(noise=st.floats(0.5, 5), rate=st.floats(0.001, 0.3), steps=st.integers(1, 400))
+@settings(max_examples=15, deadline=None)
+def test_rdp_is_that_of_opacus_own_accountant(noise, rate, steps):
+    own = RDPAccountant()
+    own.history = [(noise, rate, steps)]
+    assert spent(noise, rate, steps) == pytest.approx(own.get_epsilon(DELTA, alphas=ORDERS), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "runs", [[(1.0, 0.02, 1)], [(0.8, 0.01, 65)], [(2.0, 0.05, 300)], [(1, 0.01, 70), (2, 0.1, 9)]]
+)
+def test_prv_is_that_of_opacus_own_accountant_on_a_grid_for_more_steps(runs):
+    own, accountant = PRVAccountant(), Accountant()
+    own.history = runs
+    accountant.load_state_dict({"mechanism": "prv", "history": [list(run) for run in runs]})
+    assert accountant.epsilon(DELTA) == pytest.approx(own.get_epsilon(DELTA), abs=2e-3)
+
+
+def test_an_epsilon_after_each_step_lays_few_grids():
+    accountant = Accountant()
+    before = prv._discrete.cache_info().misses
+    for _ in range(200):
+        accountant.step(1.3, 0.013)
+        accountant.epsilon(DELTA)
+    assert prv._discrete.cache_info().misses - before == 3  # for 64, 128 and 256 steps
+
+
+def test_a_delta_below_what_floating_point_resolves_is_refused():
+    with pytest.raises(TooLittleNoise, match="larger δ"):
+        spent(1.0, 0.01, 10, "prv", delta=1e-17)
 
 
 @given(noise=st.floats(0.3, 50), steps=st.integers(1, 5000), delta=st.floats(1e-9, 1e-2))
@@ -151,6 +187,8 @@ def test_epsilon_does_not_depend_on_the_order_of_the_steps():
         {"mechanism": "rdp", "history": [[1.0, 0.1, 0]]},
         {"mechanism": "rdp", "history": [[1.0, 2.0, 1]]},
         {"mechanism": "x", "history": []},
+        {"mechanism": "rdp", "history": None},
+        {"mechanism": "rdp", "history": {"0": [1.0, 0.1, 1]}},
     ],
 )
 def test_a_broken_state_changes_nothing(state):
@@ -247,7 +285,11 @@ def test_epsilon_is_computed_for_few_of_many_steps(monkeypatch):
     assert len(asked) < 30
 
 
-def test_without_opacus_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "opacus", None)
+@pytest.mark.parametrize("mechanism", ["prv", "rdp"])
+def test_without_opacus_the_remedy_is_named(monkeypatch, mechanism):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "opacus"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("prv", "rdp"):
+        monkeypatch.delitem(sys.modules, f"inft.client.privacy.{name}", raising=False)
     with pytest.raises(UserError, match=r"pip install 'inft\[client\]'"):
-        spent(1.0, 0.1, 1)
+        spent(1.0, 0.1, 1, mechanism)

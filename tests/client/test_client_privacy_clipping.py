@@ -8,7 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from inft.client.privacy.clipping import NonFiniteGradient, PerExample, per_example_losses
+from inft.client.losses.inputs import LossInputs, next_token_labels
+from inft.client.losses.token_ce import token_ce
+from inft.client.privacy.clipping import NonFiniteGradient, PerExample
 from params.errors import UserError
 
 torch.set_num_threads(1)
@@ -44,7 +46,12 @@ def make_batch(tokens: int, rows: int = ROWS) -> dict[str, torch.Tensor]:
 
 def losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return per_example_losses(logits, batch["labels"])
+    inputs = LossInputs(
+        logits_BTV=logits,
+        labels_BT=next_token_labels(batch["labels"]),
+        attention_mask_BT=batch["attention_mask"],
+    )
+    return token_ce(inputs).per_example_B
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -238,16 +245,3 @@ def test_a_row_that_is_not_finite_is_named_and_no_gradient_is_changed():
     with PerExample(model, clip_norm=1.0) as per_example, pytest.raises(NonFiniteGradient, match="rows \\[2\\]"):
         per_example.backward(losses(model, batch) * factors)
     assert all(p.grad is None for p in trainable(model))
-
-
-def test_losses_are_means_over_each_rows_own_tokens():
-    logits = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[1, 2, 3, -100, -100], [-100, 0, 4, 5, 6]])
-    expected = [
-        -torch.stack([logits[b, t - 1].log_softmax(-1)[labels[b, t]] for t in places]).mean()
-        for b, places in enumerate(([1, 2], [1, 2, 3, 4]))
-    ]
-    assert torch.allclose(per_example_losses(logits, labels), torch.stack(expected), rtol=1e-14)
-    labels[0] = torch.tensor([1, -100, -100, -100, -100])
-    with pytest.raises(UserError, match="rows \\[0\\]"):
-        per_example_losses(logits, labels)

@@ -19,7 +19,10 @@ def advantages_of(rewards_R: Sequence[float] | Tensor, group_size: int, normalis
     float tensor is kept, else it is float32.
     Errors: UserError for a group below 2, rewards that do not fill the groups, and a reward that is not finite.
     """
-    given = rewards_R if isinstance(rewards_R, Tensor) else torch.tensor(rewards_R, dtype=torch.float64)
+    try:
+        given = rewards_R if isinstance(rewards_R, Tensor) else torch.tensor(rewards_R, dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError("rewards: give a flat list of numbers, one per rollout.") from error
     if group_size < 2:
         raise UserError(f"group_size is {group_size}: an advantage compares, so give 2 rollouts or more to a prompt.")
     if given.ndim != 1 or len(given) == 0 or len(given) % group_size:

@@ -6,7 +6,7 @@ Axes: B rows, T positions.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from inft.client.losses.inputs import IGNORED, LossInputs, next_token, next_token_labels
-from inft.client.losses.numbers import as_list, number_tensor, token_rows
+from inft.client.losses.numbers import as_list, number_tensor, shown, token_tensor
 from inft.client.losses.texts import tokenise_texts
 from params.errors import UserError
 
 FIELDS = ("input_ids", "attention_mask", "labels", "prompt", "completion")
+MOST_FIELDS, MOST_NAME = 64, 64  # of a batch, and characters of a field's name
 EXTRAS = ("advantages", "old_logprobs", "weights", "targets", "pair_ids", "chosen")  # of the built-in losses
 
 
@@ -49,7 +50,7 @@ class Batch:
     def loss_inputs(self, logits_BTV: Tensor, hidden_BTH: Tensor | None = None) -> LossInputs:
         """Return what a loss is given: labels and extras [B, T, ...] stand at the position that predicts them.
 
-        Extras of one value, or one vector, for each row stay as they are.
+        An extra of one value for each row stays as it is, and so does a vector for each row unless it is T long.
         """
         grid = self.labels_BT.shape
         extras = {
@@ -78,22 +79,26 @@ def parse_batch(mapping: Mapping[str, Any], *, vocab_size: int, max_length: int,
         raise UserError(f"a batch is a mapping with input_ids, or prompt and completion, not {type(mapping).__name__}.")
     _require_known(mapping)
     if "input_ids" in mapping:
-        rows, mask, labels = _given_rows(mapping, vocab_size, max_length)
+        ids_BT, mask_BT, labels_BT = _given_rows(mapping, vocab_size, max_length)
     else:
-        rows, mask, labels = _text_rows(mapping, vocab_size, max_length, tokenizer)
+        ids_BT, mask_BT, labels_BT = _text_rows(mapping, vocab_size, max_length, tokenizer)
     names = [name for name in mapping if name not in FIELDS]
     return Batch(
-        input_ids_BT=torch.tensor(rows, dtype=torch.int64),
-        attention_mask_BT=torch.tensor(mask, dtype=torch.int64),
-        labels_BT=torch.tensor(labels, dtype=torch.int64),
-        extras=MappingProxyType({name: number_tensor(name, mapping[name], rows=len(rows)) for name in names}),
+        input_ids_BT=ids_BT,
+        attention_mask_BT=mask_BT,
+        labels_BT=labels_BT,
+        extras=MappingProxyType({name: number_tensor(name, mapping[name], rows=len(ids_BT)) for name in names}),
     )
 
 
 def _require_known(mapping: Mapping[str, Any]) -> None:
+    if len(mapping) > MOST_FIELDS:
+        raise UserError(f"the batch has {len(mapping)} fields, more than the {MOST_FIELDS} allowed: send fewer.")
     for name in mapping:
-        if not isinstance(name, str):
-            raise UserError(f"the batch has the field {name!r}: names of fields are text.")
+        if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME:
+            raise UserError(
+                f"the batch has the field {shown(name)}: names of fields are text of 1 to {MOST_NAME} characters."
+            )
         near = difflib.get_close_matches(name, (*FIELDS, *EXTRAS), n=1, cutoff=0.85)
         if near and name not in (*FIELDS, *EXTRAS):
             raise UserError(f"the batch has a field {name!r}; did you mean {near[0]!r}?")
@@ -107,62 +112,62 @@ def _require_known(mapping: Mapping[str, Any]) -> None:
             raise UserError(f"the batch has {name} beside texts: they get theirs here, so leave it out.")
 
 
-Rows = list[list[int]]
-
-
-def _given_rows(mapping: Mapping[str, Any], vocab_size: int, max_length: int) -> tuple[Rows, Rows, Rows]:
-    rows = token_rows("input_ids", mapping["input_ids"])
-    if len(rows[0]) > max_length:
+def _given_rows(mapping: Mapping[str, Any], vocab_size: int, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    ids_BT = token_tensor("input_ids", mapping["input_ids"])
+    if ids_BT.shape[1] > max_length:
         raise UserError(
-            f"input_ids: row 0 has {len(rows[0])} tokens, more than the {max_length} allowed: cut or split the rows."
+            f"input_ids: row 0 has {ids_BT.shape[1]} tokens, more than the {max_length} allowed: cut or split the rows."
         )
-    _require_within("input_ids", rows, range(vocab_size), f"the vocabulary of {vocab_size} tokens")
-    mask = [[1] * len(row) for row in rows]
+    words = f"the vocabulary of {vocab_size} tokens"
+    _require_within("input_ids", ids_BT, vocab_size, words)
+    mask_BT = torch.ones_like(ids_BT)
     if mapping.get("attention_mask") is not None:
-        mask = token_rows("attention_mask", mapping["attention_mask"], like=rows, allow_bool=True)
-        _require_within("attention_mask", mask, range(2), "0 and 1")
-    for number, row in enumerate(mask):
-        if not any(row):
-            raise UserError(f"attention_mask: row {number} has no 1, so nothing to read: drop the row.")
+        mask_BT = token_tensor("attention_mask", mapping["attention_mask"], like=ids_BT, allow_bool=True)
+        _require_within("attention_mask", mask_BT, 2, "0 and 1")
+        empty_B = ~mask_BT.any(1)
+        if bool(empty_B.any()):
+            raise UserError(
+                f"attention_mask: row {int(empty_B.nonzero()[0])} has no 1, so nothing to read: drop the row."
+            )
     if mapping.get("labels") is None:
-        labels = [
-            [token if real else IGNORED for token, real in zip(*pair, strict=True)]
-            for pair in zip(rows, mask, strict=True)
-        ]
-        return rows, mask, labels
-    labels = token_rows("labels", mapping["labels"], like=rows)
-    _require_within("labels", labels, range(vocab_size), f"the vocabulary of {vocab_size} tokens", also=IGNORED)
-    _require_no_label_on_padding(labels, mask)
-    return rows, mask, labels
+        return ids_BT, mask_BT, ids_BT.masked_fill(mask_BT == 0, IGNORED)
+    labels_BT = token_tensor("labels", mapping["labels"], like=ids_BT)
+    _require_within("labels", labels_BT, vocab_size, words, also=IGNORED)
+    _require_no_label_on_padding(labels_BT, mask_BT)
+    return ids_BT, mask_BT, labels_BT
 
 
-def _text_rows(mapping: Mapping[str, Any], vocab_size: int, max_length: int, tokenizer: Any) -> tuple[Rows, Rows, Rows]:
+def _text_rows(
+    mapping: Mapping[str, Any], vocab_size: int, max_length: int, tokenizer: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     if tokenizer is None:
         raise UserError("the batch has prompt and completion, and there is no tokenizer here: give input_ids.")
-    pairs = [as_list(mapping[name]) if not isinstance(mapping[name], str) else [mapping[name]] for name in FIELDS[3:]]
-    rows, mask, labels = tokenise_texts(*pairs, tokenizer=tokenizer, max_length=max_length)
-    _require_within("prompt and completion", rows, range(vocab_size), f"the model's vocabulary of {vocab_size} tokens")
-    return rows, mask, labels
+    given = [mapping[name] for name in ("prompt", "completion")]
+    pairs = [[texts] if isinstance(texts, str) else as_list(texts) for texts in given]
+    rows = tokenise_texts(*pairs, tokenizer=tokenizer, max_length=max_length)
+    ids_BT, mask_BT, labels_BT = (torch.tensor(values, dtype=torch.int64) for values in rows)
+    _require_within("prompt and completion", ids_BT, vocab_size, f"the model's vocabulary of {vocab_size} tokens")
+    return ids_BT, mask_BT, labels_BT
 
 
-def _require_within(
-    name: str, rows: Sequence[Sequence[int]], within: range, words: str, also: int | None = None
-) -> None:
-    for number, row in enumerate(rows):
-        for position, value in enumerate(row):
-            if value not in within and value != also:
-                other = "" if also is None else f", or {also} where nothing is supervised"
-                raise UserError(
-                    f"{name}: row {number}, position {position} is {value}, outside {words}: give "
-                    f"{within.start} to {within.stop - 1}{other}."
-                )
+def _require_within(name: str, values_BT: Tensor, stop: int, words: str, also: int | None = None) -> None:
+    wrong_BT = (values_BT < 0) | (values_BT >= stop)
+    if also is not None:
+        wrong_BT &= values_BT != also
+    if bool(wrong_BT.any()):
+        row, position = wrong_BT.nonzero()[0].tolist()
+        other = "" if also is None else f", or {also} where nothing is supervised"
+        raise UserError(
+            f"{name}: row {row}, position {position} is {int(values_BT[row, position])}, outside {words}: give 0 to "
+            f"{stop - 1}{other}."
+        )
 
 
-def _require_no_label_on_padding(labels: Rows, mask: Rows) -> None:
-    for number, (row, real) in enumerate(zip(labels, mask, strict=True)):
-        for position, (label, seen) in enumerate(zip(row, real, strict=True)):
-            if label != IGNORED and not seen:
-                raise UserError(
-                    f"labels: row {number}, position {position} is {label}, and attention_mask is 0 there: give "
-                    f"{IGNORED} at padding."
-                )
+def _require_no_label_on_padding(labels_BT: Tensor, mask_BT: Tensor) -> None:
+    wrong_BT = (labels_BT != IGNORED) & (mask_BT == 0)
+    if bool(wrong_BT.any()):
+        row, position = wrong_BT.nonzero()[0].tolist()
+        raise UserError(
+            f"labels: row {row}, position {position} is {int(labels_BT[row, position])}, and attention_mask is 0 "
+            f"there: give {IGNORED} at padding."
+        )

@@ -34,7 +34,7 @@ def deterministic(enabled: bool = True) -> None:
     """Let torch use only kernels that give the same result in every run, and raise where there is none.
 
     Sets CUBLAS_WORKSPACE_CONFIG unless it has one of CUBLAS_WORKSPACES; cuBLAS reads it once, so this warns when CUDA
-    is at work already. False undoes all but the variable.
+    is at work already. False undoes all but the variable and cuDNN's choice of kernels by time, which stays off.
     """
     if enabled and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in CUBLAS_WORKSPACES:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACES[0]

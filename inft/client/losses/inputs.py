@@ -73,8 +73,8 @@ class LossOutput:
 def evaluate_loss(loss: Loss, inputs: LossInputs, *, name: str = "loss") -> LossOutput:
     """Return what `loss` makes of `inputs`, checked as a user's own function needs it.
 
-    Errors: UserError when it returns no LossOutput, other than B per-example losses, or a loss without a gradient
-    although the logits or hidden states have one.
+    Errors: UserError when it returns no LossOutput, other than B per-example losses, losses without a gradient although
+    the logits or hidden states have one, a denominator that is no count, or a metric that is no number.
     """
     output = loss(inputs)
     if not isinstance(output, LossOutput):
@@ -82,11 +82,25 @@ def evaluate_loss(loss: Loss, inputs: LossInputs, *, name: str = "loss") -> Loss
     if output.per_example_B is not None and len(output.per_example_B) != inputs.rows:
         given = len(output.per_example_B)
         raise UserError(f"loss {name!r} gave {given} per-example losses for {inputs.rows} rows: give one for each.")
+    _require_plain(output, name)
     hidden = inputs.hidden_BTH
     tracked = inputs.logits_BTV.requires_grad or (hidden is not None and hidden.requires_grad)
-    if tracked and torch.is_grad_enabled() and not output.loss.requires_grad:
-        raise UserError(f"loss {name!r} has no gradient: compute it from the logits or hidden states, undetached.")
+    if tracked and torch.is_grad_enabled():
+        found = {"loss": output.loss, "per_example_B": output.per_example_B}
+        for part, values in found.items():
+            if values is not None and not values.requires_grad:
+                raise UserError(f"loss {name!r}: {part} has no gradient: compute it from the logits, undetached.")
     return output
+
+
+def _require_plain(output: LossOutput, name: str) -> None:
+    """Refuse what no later step could use: results are written as JSON, and steps are divided by denominators."""
+    denominator = output.denominator
+    if denominator is not None and (type(denominator) is not int or denominator < 1):
+        raise UserError(f"loss {name!r}: denominator is {denominator!r:.60}: give a whole number above 0, or None.")
+    for key, value in output.metrics.items():
+        if not isinstance(key, str) or type(value) not in (int, float):
+            raise UserError(f"loss {name!r}: metric {key!r} is {type(value).__name__}: give float(...) under a name.")
 
 
 def next_token(values_BT: Tensor, fill: float) -> Tensor:

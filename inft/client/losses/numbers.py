@@ -1,15 +1,17 @@
 """Numbers as users send them, nested lists, arrays or tensors, checked row by row before they become tensors."""
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from params.errors import UserError
 
+MOST_AXES = 4  # of an extra: [B, T, V] is the deepest that a built-in loss takes
 INT64 = 2**63
+SHOWN = 60  # characters of a wrong value in a message
 
 
 def as_list(value: Any) -> Any:
@@ -21,11 +23,20 @@ def as_list(value: Any) -> Any:
     return value
 
 
-def token_rows(
-    name: str, value: Any, *, like: Sequence[Sequence[int]] | None = None, allow_bool: bool = False
-) -> list[list[int]]:
-    """Return rows of whole numbers, all as long as the first, or as the row of `like` (of input_ids) at their place.
+def shown(value: Any) -> str:
+    """Return a value for a message: its beginning, where it is long."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 3 * SHOWN:
+        return f"a whole number of {value.bit_length()} bits"  # Python refuses to write very long ones out
+    if isinstance(value, (list, Mapping)):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value[:SHOWN]) if isinstance(value, str) else repr(value)
+    return text if len(text) <= SHOWN + 2 else f"{text[:SHOWN]}…"
 
+
+def token_tensor(name: str, value: Any, *, like: Tensor | None = None, allow_bool: bool = False) -> Tensor:
+    """Return rows of whole numbers as an int64 tensor [B, T], all as long as the first, or of the shape of `like`.
+
+    A number that no int64 holds becomes the largest or smallest: it is outside every range that is asked for later.
     Errors: UserError with the field, row and position for anything else, and without any row or token.
     """
     rows = as_list(value)
@@ -33,16 +44,26 @@ def token_rows(
         raise UserError(f"{name}: expected a list of rows, each a list of whole numbers, such as [[5, 7], [6, 2]].")
     if like is not None and len(rows) != len(like):
         raise UserError(f"{name} has {len(rows)} rows and input_ids {len(like)}: give as many.")
-    kinds = (int, bool) if allow_bool else (int,)
+    wanted = len(rows[0]) if like is None else like.shape[1]
+    kinds: set[type] = {int, bool} if allow_bool else {int}
     for number, row in enumerate(rows):
-        wanted = len(rows[0] if like is None else like[number])
         if len(row) != wanted or not row:
             other = "row 0" if like is None else "that row of input_ids"
             raise UserError(f"{name}: row {number} has {len(row)} values and {other} {wanted}: pad the rows equally.")
-        for position, item in enumerate(row):
-            if type(item) not in kinds:
-                raise UserError(f"{name}: row {number}, position {position} is {item!r}: give a whole number.")
-    return [[int(item) for item in row] for row in rows]
+        if not set(map(type, row)) <= kinds:
+            rows[number] = [_whole(name, item, number, position, kinds) for position, item in enumerate(row)]
+    try:
+        return torch.from_numpy(np.array(rows, dtype=np.int64))
+    except OverflowError:
+        limits = np.iinfo(np.int64)
+        return torch.tensor([[min(max(item, limits.min), limits.max) for item in row] for row in rows])
+
+
+def _whole(name: str, item: Any, row: int, position: int, kinds: set[type]) -> int:
+    plain = item.item() if isinstance(item, np.generic) else item
+    if type(plain) not in kinds:
+        raise UserError(f"{name}: row {row}, position {position} is {shown(item)}: give a whole number.")
+    return int(plain)
 
 
 def number_tensor(name: str, value: Any, *, rows: int) -> Tensor:
@@ -56,32 +77,49 @@ def number_tensor(name: str, value: Any, *, rows: int) -> Tensor:
     if value.ndim == 0 or len(value) != rows:
         given = "one number" if value.ndim == 0 else f"{len(value)} entries"
         raise UserError(f"{name}: {given} for {rows} rows: give one entry for each row.")
+    if value.is_complex():
+        raise UserError(f"{name} is of {value.dtype}: give real numbers.")
     finite_B = value.isfinite().reshape(rows, -1).all(1)
     if not bool(finite_B.all()):
-        raise UserError(f"{name}: row {int((~finite_B).nonzero()[0])} is not finite: give numbers.")
+        raise UserError(f"{name}: row {int((~finite_B).nonzero()[0])} is not finite in {value.dtype}: give numbers.")
     return value.detach().cpu()
 
 
 def _tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, list) or not value:
         raise UserError(f"{name}: expected a list with one entry for each row, numbers or lists of numbers.")
-    shape = _shape(value[0])
-    for number, row in enumerate(value):
-        if _shape(row) != shape:
-            given, first = _words(_shape(row)), _words(shape)
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError):  # ragged or too deep, which the search below finds
+        array = np.array(None)
+    # numpy makes floats of whole numbers above 64 bits, which would make one of two ids.
+    exact = array.dtype.kind in "bi" or (array.dtype.kind == "f" and bool((np.abs(array) < INT64).all()))
+    if not exact or array.ndim > MOST_AXES:
+        _require_numbers(name, value)
+    return torch.from_numpy(array).to(torch.float32 if array.dtype.kind == "f" else torch.int64)
+
+
+def _require_numbers(name: str, rows: list[Any]) -> None:
+    """Raise a UserError for the first row that is nested too deep or ragged, or holds what is no number."""
+    shape = _shape(rows[0])
+    for number, row in enumerate(rows):
+        own = _shape(row)
+        if len(own) >= MOST_AXES:
+            raise UserError(f"{name}: row {number} is {MOST_AXES} or more lists deep: give at most {MOST_AXES - 1}.")
+        if own != shape or -1 in own:
+            given, first = _words(own), _words(shape)
             raise UserError(f"{name}: row {number} is {given} and row 0 {first}: pad the rows equally, with numbers.")
-        if None in _flat(row):
-            raise UserError(f"{name}: row {number} holds what is no number of 64 bits: give numbers.")
-    numbers = list(chain.from_iterable(_flat(row) for row in value))
-    whole = all(isinstance(item, int) for item in numbers)
-    return torch.tensor(numbers, dtype=torch.int64 if whole else torch.float32).reshape(len(value), *shape)
+        for item in _flat(row):
+            fits = isinstance(item, float) or (isinstance(item, int) and -INT64 <= item < INT64)
+            if not fits:
+                raise UserError(f"{name}: row {number} holds {shown(item)}: give numbers of at most 64 bits.")
 
 
-def _shape(row: Any) -> tuple[int, ...]:
-    """The lengths of nested lists; () for a number, and (-1,) somewhere in it where the lists within are ragged."""
-    if not isinstance(row, list):
+def _shape(row: Any, most: int = MOST_AXES) -> tuple[int, ...]:
+    """The lengths of nested lists, to a depth of `most`; () for a number, and -1 in it where lists are ragged."""
+    if not isinstance(row, list) or not most:
         return ()
-    inner = {_shape(item) for item in row}
+    inner = {_shape(item, most - 1) for item in row}
     return (len(row), *(inner.pop() if len(inner) == 1 else ((-1,) if inner else ())))
 
 
@@ -91,11 +129,9 @@ def _words(shape: tuple[int, ...]) -> str:
     return f"{' x '.join(map(str, shape))} values" if shape else "one value"
 
 
-def _flat(row: Any) -> list[Any]:
-    """The numbers of nested lists in order; None in the place of what is no number, or a whole one above 64 bits."""
-    if isinstance(row, list):
-        return [item for part in row for item in _flat(part)]
-    if isinstance(row, bool):
-        return [int(row)]
-    fits = isinstance(row, float) or (isinstance(row, int) and -INT64 <= row < INT64)
-    return [row if fits else None]
+def _flat(row: Any) -> Iterator[Any]:
+    if not isinstance(row, list):
+        yield row
+        return
+    for part in row:
+        yield from _flat(part)

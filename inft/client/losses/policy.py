@@ -16,6 +16,8 @@ from inft.client.losses.inputs import LossInputs, LossOutput
 from inft.client.losses.supervised import SupervisedTokens, supervised_tokens, token_extra
 from params.errors import UserError
 
+MOST_LOG_RATIO = 700.0  # in metrics: e to the power of more is infinite, which JSON has no word for
+
 
 def cross_entropy(inputs: LossInputs) -> LossOutput:
     """Return -Σ w·lp; w is extras `weights`, [B, T] or [B], and 1 where the batch has none.
@@ -94,7 +96,7 @@ def _summed(
     if log_ratios_N is not None and clipped_N is not None:
         log_ratios_N = log_ratios_N.detach()
         metrics |= {
-            "ratio": float(log_ratios_N.exp().mean()),
+            "ratio": float(log_ratios_N.double().clamp(max=MOST_LOG_RATIO).exp().mean()),
             "clipped": float(clipped_N.double().mean()),
             "kl": float(-log_ratios_N.mean()),
         }

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from types import ModuleType
@@ -39,10 +40,10 @@ def register_loss(name: str, fn: Loss) -> None:
 
     Errors: UserError for the name of a built-in loss, for a name that is no identifier, and for what cannot be called.
     """
-    if name in BUILT_IN:
-        raise UserError(f"register_loss: {name!r} is a built-in loss: choose another name.")
     if not isinstance(name, str) or not name.isidentifier():
         raise UserError(f"register_loss: the name {name!r} is no word of letters, digits and _: choose such a one.")
+    if name in BUILT_IN:
+        raise UserError(f"register_loss: {name!r} is a built-in loss: choose another name.")
     _registered[name] = _checked(fn, name)
 
 
@@ -54,7 +55,7 @@ def resolve_loss(
     `allowed` is a server's list of names and ``pkg.mod:fn``: nothing else is resolved, and no other module is imported.
     None, in process, allows everything. `options` are keyword arguments of the loss, such as ``{"margin": 0.5}``.
     Errors: UserError for an unknown name, with the nearest; for what is not allowed; for a module that cannot be
-    imported, a function that it does not have, and an option that the loss does not take.
+    imported, a function that it does not have, and an option that the loss does not take or of another kind.
     """
     if allowed is not None:
         _require_allowed(loss, allowed)
@@ -115,13 +116,26 @@ def _checked(function: Any, name: str) -> Loss:
 
 
 def _require_options(function: Loss, name: str, options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-    for option in options:
-        if option not in known:
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:  # some functions written in C do not say what they take
+        raise UserError(f"loss {name!r} does not say which options it takes: write it in Python.") from error
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = [key for key, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option, value in options.items():
+        if option in known:
+            _require_kind(name, option, value, parameters[option].default)
+        elif not takes_any:
             raise UserError(f"loss {name!r} has no option {option!r}; {_hint(option, known)}")
+
+
+def _require_kind(name: str, option: str, value: Any, default: Any) -> None:
+    """Refuse a value of another kind than the option's default: options come from JSON, and a NaN fits no bound."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if type(default) in (int, float) and not (number and math.isfinite(value)):
+        raise UserError(f"loss {name!r}: {option} is {value!r:.60}: give a finite number, such as {default}.")
+    if type(default) in (str, bool) and type(value) is not type(default):
+        raise UserError(f"loss {name!r}: {option} is {value!r:.60}: give one such as {default!r}.")
 
 
 def _hint(word: str, known: Collection[str]) -> str:

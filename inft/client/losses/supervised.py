@@ -49,7 +49,10 @@ def supervised_tokens(inputs: LossInputs) -> SupervisedTokens:
             f"{vocabulary} tokens: give an id from 0 to {vocabulary - 1}, or {IGNORED} where nothing is supervised."
         )
     if not bool(where_BT.any()):
-        raise UserError(f"labels: no token of the batch is supervised, all are {IGNORED}: label what is to be learned.")
+        raise UserError(
+            f"labels: no token of the batch is supervised: label what is to be learned with its id, not {IGNORED}. The "
+            "first token of a row does not count, since nothing stands before it to predict it."
+        )
     logits_NV = inputs.logits_BTV[where_BT]
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     logprobs_N = -F.cross_entropy(logits_NV, labels_BT[where_BT].long(), reduction="none")

@@ -15,18 +15,13 @@ AccountantName = Literal["prv", "rdp"]
 MECHANISMS = ("prv", "rdp")
 # Below this σ a step spends ε in the thousands; the accountants overflow there, and ∞ is a true bound.
 LEAST_NOISE = 0.01
-# PRV takes its convolutions on a grid; one of this size takes about 1 GB and some seconds.
-MOST_GRID_POINTS = 4_000_000
 LEAST_LOOK_AHEAD = 64  # steps
-GRID_ERROR = 0.01  # of ε, within the bound that PRV gives; Opacus' default
-# RDP orders: Opacus' own, and large ones that make small ε tight.
-ORDERS = [*(1 + x / 10 for x in range(1, 100)), *range(12, 64), 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024]
 
 Run = tuple[float, float, int]  # noise multiplier, sample rate, consecutive steps that had them
 
 
 class TooLittleNoise(UserError):
-    """PRV cannot give ε here: its grid would not fit into memory, or is too coarse for so much spent."""
+    """PRV cannot give ε here: its grid would not fit into memory, or is too coarse for that much ε or little δ."""
 
 
 def spent_epsilon(
@@ -119,6 +114,8 @@ class Accountant:
         if missing:
             raise UserError(f"the accountant's state lacks {', '.join(sorted(missing))}: it is no state of ours.")
         _check_mechanism(state["mechanism"])
+        if not isinstance(state["history"], list):
+            raise UserError("history of the accountant's state is no list of [σ, sample rate, steps].")
         history = [_run(number, entry) for number, entry in enumerate(state["history"])]
         self.mechanism, self.history, self._allowed = state["mechanism"], history, None
 
@@ -172,47 +169,38 @@ def _epsilon(history: Sequence[Run], delta: float, mechanism: AccountantName) ->
     return _prv(runs, delta) if mechanism == "prv" else _rdp(runs, delta)
 
 
-def _opacus() -> Any:
-    try:
-        from opacus import accountants
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"privacy accounting needs the package {error.name}, which is not installed: pip install 'inft[client]'."
-        ) from error
-    return accountants
-
-
 def _rdp(runs: list[Run], delta: float) -> float:
-    accountant = _opacus().RDPAccountant()
-    accountant.history = runs
+    try:
+        from inft.client.privacy.rdp import rdp_epsilon
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from error
     # Renyi's bound can fall below zero where next to nothing is spent.
-    return max(float(accountant.get_epsilon(delta, alphas=ORDERS)), 0.0)
+    return max(rdp_epsilon(runs, delta), 0.0)
 
 
 def _prv(runs: list[Run], delta: float) -> float:
-    import numpy as np
+    try:
+        import numpy as np
 
-    accountant = _opacus().PRVAccountant()
-    _check_grid(runs, delta)
-    accountant.history = runs
+        from inft.client.privacy.prv import GridTooLarge, prv_epsilon
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from error
     try:
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # log 0 in the tails of its integrals
-            return max(float(accountant.get_epsilon(delta, eps_error=GRID_ERROR)), 0.0)
-    except RuntimeError as error:
+            return max(prv_epsilon(runs, delta), 0.0)
+    except GridTooLarge as error:
+        steps = sum(count for _, _, count in runs)
         raise TooLittleNoise(
-            f"the PRV accountant cannot compute ε here ({error}). Choose accountant='rdp' or more noise."
+            f"the PRV accountant would need {error} for {steps} steps. Choose accountant='rdp', more noise or fewer "
+            "steps."
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise TooLittleNoise(
+            f"the PRV accountant cannot compute ε here ({error}). Choose accountant='rdp', more noise or a larger δ."
         ) from error
 
 
-def _check_grid(runs: list[Run], delta: float) -> None:
-    """Refuse a grid that is too large before Opacus lays it: its width follows from RDP, its mesh from the steps."""
-    steps = sum(count for _, _, count in runs)
-    delta_error = delta / 1000
-    singles = [[(noise, rate, 1)] for noise, rate, _ in runs]
-    width = max(_rdp(runs, delta_error / 4), *(_rdp(run, delta_error / (8 * steps)) for run in singles)) + 3
-    points = 2 * width * math.sqrt(steps * math.log(12 / delta_error) / 2) / GRID_ERROR
-    if points > MOST_GRID_POINTS:
-        raise TooLittleNoise(
-            f"the PRV accountant would need {points:.1e} points for {steps} steps (at most {MOST_GRID_POINTS:.0e}). "
-            "Choose accountant='rdp', more noise or fewer steps."
-        )
+def _not_installed(error: ModuleNotFoundError) -> UserError:
+    return UserError(
+        f"privacy accounting needs the package {error.name}, which is not installed: pip install 'inft[client]'."
+    )

@@ -5,10 +5,11 @@ place of the layers' forward passes; in backward each layer keeps what is smalle
 pair (x, g), whose norm follows without the gradients ("ghost norm", Li et al. 2022, section 4). The choice is the same
 by memory and by time: T (I + O) against I·O.
 
-Convention: the loss of an example is the mean over its own supervised tokens (`per_example_losses`), and what is
-differentiated is the sum of these over the batch. So neither another row's length nor the size of the batch enters.
+Convention: an example's loss is `LossOutput.per_example_B` of a separable loss (token_ce: the mean over the example's
+own supervised tokens), and what is differentiated is the sum of these over the batch. So neither another row's length
+nor the size of the batch enters.
 
-Axes: B examples, T tokens, I and O the layer's inputs and outputs, V vocabulary.
+Axes: B examples, T tokens, I and O the layer's inputs and outputs.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,28 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from params.errors import UserError
 
-IGNORED = -100  # label of a token that is not supervised
-
 
 class NonFiniteGradient(UserError):
     """The gradient of an example is infinite or not a number; no gradient was changed."""
-
-
-def per_example_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Return the losses [B]: each the mean cross-entropy of the example's supervised tokens, the next token predicted.
-
-    `labels_BT` are the input ids themselves, −100 where nothing is learnt; they are shifted here.
-    Errors: UserError naming the rows without a supervised token.
-    """
-    targets_BT = labels_BT[:, 1:]
-    counts_B = (targets_BT != IGNORED).sum(1)
-    if not counts_B.all():
-        rows = (counts_B == 0).nonzero().flatten().tolist()
-        raise UserError(f"rows {rows} have no supervised token: raise max_length, or drop the rows.")
-    logits_BTV = logits_BTV[:, :-1]
-    logits_BVT = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).transpose(1, 2)
-    losses_BT = F.cross_entropy(logits_BVT, targets_BT, ignore_index=IGNORED, reduction="none")
-    return losses_BT.sum(1) / counts_B
 
 
 class PerExample:

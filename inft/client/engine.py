@@ -1,0 +1,415 @@
+"""The engine of the training client: who may do what, in which order, and what becomes of it after a crash.
+
+It knows neither HTTP nor the SDK. Every method takes the tenant first; what belongs to another tenant does not exist.
+An operation is accepted when `submit` returns: it then runs once, in the order of its client's numbers, also when the
+process is killed meanwhile. Values in and out are plain JSON ones.
+"""
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from inft.client.bases import Bases
+from inft.client.errors import Closed, Conflict, InvalidRequest, NotFound, QueueFull, RateLimited
+from inft.client.operations import LOAD_STATE, SAMPLE, canonical, check_operation, digest, new_id, now
+from inft.client.residents import Residents
+from inft.client.schedule import OpenOperation, Schedule
+from inft.client.store import CANCELLED, OPEN, ClientRow, OperationRow, Store
+from inft.client.worker import Worker
+from inft.training.storage import locked
+from params.client import MOST_NAME, EngineParams, TrainingConfig
+from params.client_resolve import as_mapping, training_config
+from params.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCAL = "local"  # the tenant in process, and of a service without keys
+FURTHEST = 10_000  # how far ahead of the next number one may arrive
+RETRY_AFTER_S = 1.0  # what a client is told to wait when the queue is full
+
+Values = dict[str, Any]
+
+
+class Engine:
+    """Training clients of many tenants on models that are loaded once.
+
+    Errors: UserError where the state directory is in use, is no directory, or cannot be read.
+    """
+
+    def __init__(self, params: EngineParams | None = None) -> None:
+        self.params = params or EngineParams()
+        self.directory = Path(self.params.state_dir).expanduser()
+        self._changed = threading.Condition(threading.RLock())
+        self._closing = False
+        self._configs: dict[str, TrainingConfig] = {}  # by client: to check one costs a millisecond
+        with ExitStack() as opening:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"state_dir {self.directory} cannot be made: {error.strerror}.") from error
+            opening.enter_context(locked(self.directory, doing="running training clients in", setting="state_dir"))
+            self._store = Store(self.directory, durable=self.params.durable)
+            opening.callback(self._store.close)
+            self._bases = Bases(self.params)
+            self._residents = Residents(self._store, self._bases, self.directory, self.params)
+            self._schedule = Schedule()
+            self._recover()
+            self._worker = Worker(self._store, self._residents, self._schedule, self._changed, self.params)
+            self._resources = opening.pop_all()
+        self._worker.start()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Finish the running operation, snapshot every client and release the directory; the rest stays in the log.
+
+        Whoever waits gets the operation as it is. After `timeout` seconds the directory is left as a crash would leave
+        it, which loses nothing either.
+        """
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+            self._changed.notify_all()
+        ended = self._worker.stop(timeout)
+        with self._changed:
+            self._schedule.release()
+        if ended:
+            self._resources.close()
+        else:
+            logger.warning("an operation is still running: it is run again when the engine is started again.")
+
+    def _recover(self) -> None:
+        """Put what was accepted and has no outcome back in line."""
+        for client in self._store.clients_with_open_operations():
+            self._line(client)
+            for row in self._store.operations(client.id, after=client.next_run - 1, status=OPEN):
+                self._schedule.add(OpenOperation(row=row, tenant=client.tenant))
+
+    def _line(self, client: ClientRow) -> None:
+        if self._schedule.knows(client.id):
+            return
+        line = self._schedule.line(client.id, next_run=client.next_run)
+        rows = self._store.operations(client.id, after=client.next_run - 1, status=CANCELLED)
+        line.skipped |= {row.seq for row in rows}
+        line.advance()
+
+    # Models and clients
+
+    def load_models(self) -> list[str]:
+        """Load the models that `params.models` names; return all names that are offered."""
+        for name in self.params.models:
+            self._bases.get(name)
+        return self._bases.names()
+
+    def create_client(
+        self, tenant: str, config: Mapping[str, Any] | TrainingConfig, *, request_id: str | None = None
+    ) -> Values:
+        """Return the ClientInfo of a new client; its model is loaded where it is not yet.
+
+        The same `request_id` once more gives the same client: its answer may have been lost.
+        Errors: UserError for a configuration, a model or targets that are not right; Conflict for a `request_id` that
+        made a client with another configuration.
+        """
+        _check_tenant(tenant)
+        checked = training_config(config)
+        if request_id is not None and (before := self._store.client_made_by(tenant, request_id)):
+            return self._made_before(before, checked)
+        if checked.seed is None:
+            checked = replace(checked, seed=secrets.randbits(31))
+        self._refuse_when_closing()
+        if len(self._store.clients(tenant)) >= self.params.max_clients_per_tenant:
+            raise RateLimited(f"the tenant has {self.params.max_clients_per_tenant} clients, which is the limit.")
+        base = self._bases.get(checked.model_ref)
+        row = ClientRow(
+            id=new_id("tc"),
+            tenant=tenant,
+            config=as_mapping(checked),
+            created_at=now(),
+            fingerprint=base.fingerprint,
+            request_id=request_id,
+        )
+        entry = self._entry(tenant, "create_client", row.id, "completed", {"model_ref": checked.model_ref}, request_id)
+        return self._worker.call(lambda: self._created(row, entry))
+
+    def _made_before(self, row: ClientRow, config: TrainingConfig) -> Values:
+        made = training_config(row.config)
+        if config.seed is None:
+            made = replace(made, seed=None)
+        if made.dp_config is not None and config.dp_config is not None and config.dp_config.noise_multiplier is None:
+            made = replace(made, dp_config=replace(made.dp_config, noise_multiplier=None))
+        if made != config:
+            raise Conflict(f"request {row.request_id!r:.80} made client {row.id} with another configuration.")
+        return self._client_info(row)
+
+    def _created(self, row: ClientRow, entry: Values) -> Values:
+        if row.request_id is not None and (before := self._store.client_made_by(row.tenant, row.request_id)):
+            return self._client_info(before)  # two requests at once: the worker makes one after the other
+        learner = self._residents.create(row)
+        row = replace(row, config=as_mapping(learner.config), dp_metrics=learner.dp_metrics())
+        try:
+            self._store.add_client(row, entry)
+        except BaseException:
+            self._residents.drop(row.id)
+            raise
+        return self._client_info(row)
+
+    def get_client(self, tenant: str, client_id: str) -> Values:
+        """Return a client's ClientInfo. Errors: NotFound."""
+        return self._client_info(self._client(tenant, client_id))
+
+    def list_clients(self, tenant: str) -> list[Values]:
+        """Return the tenant's clients, oldest first."""
+        return [self._client_info(row) for row in self._store.clients(tenant)]
+
+    def _client(self, tenant: str, client_id: str) -> ClientRow:
+        row = self._store.client(client_id)
+        if row is None or row.tenant != tenant:
+            raise NotFound(f"there is no training client {client_id!r:.80}.")
+        return row
+
+    def _client_info(self, row: ClientRow) -> Values:
+        return {
+            "id": row.id,
+            "status": row.status,
+            "reason": row.reason,
+            "step": row.step,
+            "config": row.config,
+            "created_at": row.created_at,
+            "dp_enabled": row.dp_metrics is not None,
+            "dp_metrics": row.dp_metrics,
+            "next_seq": self._store.last_seq(row.id) + 1,
+        }
+
+    # Operations
+
+    def submit(
+        self,
+        tenant: str,
+        client_id: str,
+        kind: str,
+        payload: Mapping[str, Any],
+        *,
+        seq: int | None = None,
+        request_id: str | None = None,
+        loss: Callable[..., Any] | None = None,
+    ) -> Values:
+        """Accept an operation and return its FutureInfo; the same number and payload once more give the same answer.
+
+        `seq` is its number in the client's order, by default the next one; it may arrive before smaller ones. `loss` is
+        a function of this process in the place of a name.
+        Errors: NotFound; Conflict for a number that another payload has; InvalidRequest and other UserErrors of the
+        payload, which do not use up the number; RateLimited, QueueFull and Closed.
+        """
+        client = self._client(tenant, client_id)
+        text = canonical(payload)
+        known = digest(kind, text, loss)
+        if seq is not None and (before := self._repeated(client, seq, known)):
+            return before
+        self._refuse_when_closing()
+        self._refuse_when_full(tenant)
+        prepared = self._checked(client, kind, payload, loss)
+        values = (
+            {**payload, "seed": secrets.randbits(31)} if kind == SAMPLE and payload.get("seed") is None else payload
+        )
+        with self._changed:
+            if seq is not None and (before := self._repeated(client, seq, known)):  # one that came meanwhile
+                return before
+            self._refuse_when_closing()
+            self._refuse_when_full(tenant)
+            self._line(self._client(tenant, client_id))
+            number = self._number(client, seq)
+            row = OperationRow(
+                id=new_id("fut"),
+                client_id=client_id,
+                seq=number,
+                kind=kind,
+                payload=dict(values),
+                digest=known,
+                volatile=loss is not None,
+                created_at=now(),
+            )
+            details = {"seq": number, "payload_sha256": known}
+            self._store.accept(row, self._entry(tenant, kind, client_id, "accepted", details, request_id))
+            operation = OpenOperation(row=row, tenant=tenant, prepared=prepared, loss=loss)
+            self._schedule.add(operation)
+            self._changed.notify_all()
+            return self._open_info(operation)
+
+    def _repeated(self, client: ClientRow, seq: int, known: str) -> Values | None:
+        row = self._store.operation_at(client.id, seq) if isinstance(seq, int) and 0 < seq < 2**63 else None
+        if row is None:
+            return None
+        if row.digest != known:
+            raise Conflict(
+                f"number {seq} of client {client.id} is a {row.kind} that was sent with other contents. Another "
+                "program may be driving this client: refresh it and go on with next_seq.",
+                next_seq=self._store.last_seq(client.id) + 1,
+            )
+        return self.future(client.tenant, row.id)
+
+    def _checked(
+        self, client: ClientRow, kind: str, payload: Mapping[str, Any], loss: Callable[..., Any] | None
+    ) -> Any:
+        config = self._configs.get(client.id) or self._configs.setdefault(client.id, training_config(client.config))
+        base = self._bases.get(config.model_ref)
+        if kind == LOAD_STATE and isinstance(payload.get("artifact_id"), str):
+            self.artifact(client.tenant, payload["artifact_id"])
+        return check_operation(base, config, kind, payload, loss=loss, allowed_losses=self.params.losses)
+
+    def _number(self, client: ClientRow, seq: int | None) -> int:
+        if seq is None:
+            return self._store.last_seq(client.id) + 1
+        line = self._schedule.line(client.id)
+        if isinstance(seq, bool) or not isinstance(seq, int) or not 0 < seq <= line.next_run + FURTHEST:
+            raise InvalidRequest(
+                f"seq is {seq!r:.40}: the next number to run is {line.next_run}, and one may be at most {FURTHEST} "
+                "ahead."
+            )
+        if seq < line.next_run:  # cancelled numbers have rows, so this one was passed over by a restart of counting
+            raise Conflict(f"number {seq} is past: the next number is {self._store.last_seq(client.id) + 1}.")
+        return seq
+
+    def future(self, tenant: str, future_id: str) -> Values:
+        """Return the FutureInfo of an operation. Errors: NotFound."""
+        with self._changed:
+            operation = self._schedule.get(future_id)
+            if operation is not None and operation.tenant == tenant:
+                return self._open_info(operation)
+        row = self._store.operation(future_id)
+        client = None if row is None else self._store.client(row.client_id)
+        if row is None or client is None or client.tenant != tenant:
+            raise NotFound(f"there is no future {future_id!r:.80}.")
+        return _info(row, row.status)
+
+    def wait(self, tenant: str, future_id: str, timeout: float) -> Values:
+        """Return the FutureInfo when the operation has ended, or as it is after `timeout` seconds or at closing."""
+        with self._changed:
+            operation = self._schedule.get(future_id)
+        if operation is not None and operation.tenant == tenant:
+            operation.ended.wait(timeout)
+            if operation.outcome is not None:
+                return _info(operation.outcome, operation.outcome.status)
+        return self.future(tenant, future_id)
+
+    def cancel(self, tenant: str, future_id: str) -> bool:
+        """Take back an operation that has not begun, and say whether it was; its number then counts as done."""
+        self.future(tenant, future_id)
+        with self._changed:
+            operation = self._schedule.get(future_id)
+            if operation is None or operation.running:
+                return False
+            row = replace(
+                operation.row,
+                status=CANCELLED,
+                finished_at=now(),
+                error={"code": "cancelled", "message": "it was cancelled before it ran.", "details": {}},
+            )
+            entry = self._entry(tenant, "cancel", row.client_id, "completed", {"seq": row.seq}, None)
+            line = self._schedule.line(row.client_id)
+            passed = line.next_run + 1 if row.seq == line.next_run else line.next_run
+            self._store.finish(row, entry, client={"next_run": passed})
+            self._schedule.cancelled(operation)
+            operation.finish(row)
+            self._changed.notify_all()
+            return True
+
+    def _open_info(self, operation: OpenOperation) -> Values:
+        if operation.running:
+            return _info(operation.row, "running")
+        return _info(operation.row, "waiting" if self._schedule.waits(operation) else "queued")
+
+    # Checkpoints, audit, health
+
+    def artifact(self, tenant: str, artifact_id: str) -> Values:
+        """Return what is known of a checkpoint. Errors: NotFound."""
+        found = self._store.artifact(artifact_id)
+        if found is None or found.pop("tenant") != tenant:
+            raise NotFound(f"there is no artifact {artifact_id!r:.80}.")
+        return {"artifact_id": found.pop("id"), **found}
+
+    def artifact_path(self, tenant: str, artifact_id: str) -> Path:
+        """Return the directory of a checkpoint. Errors: NotFound."""
+        return self._residents.artifact_path(self.artifact(tenant, artifact_id)["artifact_id"])
+
+    def audit_logs(self, tenant: str, *, after: int = 0, limit: int = 100) -> list[Values]:
+        """Return the tenant's audit entries after a number, oldest first."""
+        return self._store.audit_entries(tenant, after=after, limit=limit)
+
+    def record(
+        self, tenant: str, action: str, target: str, outcome: str, details: Mapping[str, Any], request_id: str | None
+    ) -> None:
+        """Append an audit entry for what was refused before it reached the engine."""
+        self._store.audit(self._entry(tenant, action, target, outcome, details, request_id))
+
+    def health(self) -> Values:
+        """Return the state of the service; nothing of it tells of a tenant."""
+        with self._changed:
+            pending = len(self._schedule)
+        return {
+            "status": "closing" if self._closing else "ok",
+            "pending": pending,
+            "resident_clients": len(self._residents),
+            "models": self._bases.names(),
+            "version": version("inft"),
+        }
+
+    def _entry(
+        self, tenant: str, action: str, target: str, outcome: str, details: Mapping[str, Any], request_id: str | None
+    ) -> Values:
+        return {
+            "tenant": tenant,
+            "action": action,
+            "target": target,
+            "outcome": outcome,
+            "details": dict(details),
+            "at": now(),
+            "request_id": request_id,
+        }
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise Closed("the engine is shutting down: what it has accepted runs when it is started again.")
+
+    def _refuse_when_full(self, tenant: str) -> None:
+        if self._schedule.pending(tenant) >= self.params.max_pending_per_tenant:
+            raise RateLimited(
+                f"{self.params.max_pending_per_tenant} operations of this tenant are waiting: wait for results.",
+                retry_after=RETRY_AFTER_S,
+            )
+        if len(self._schedule) >= self.params.max_pending:
+            raise QueueFull(
+                f"{self.params.max_pending} operations are waiting: try again later.", retry_after=RETRY_AFTER_S
+            )
+
+
+def _info(row: OperationRow, status: str) -> Values:
+    return {
+        "id": row.id,
+        "client_id": row.client_id,
+        "kind": row.kind,
+        "seq": row.seq,
+        "status": status,
+        "created_at": row.created_at,
+        "finished_at": row.finished_at,
+        "result": row.result,
+        "error": row.error,
+    }
+
+
+def _check_tenant(tenant: str) -> None:
+    if not tenant or len(tenant) > MOST_NAME or not tenant.isprintable():
+        raise InvalidRequest(f"tenant {tenant!r:.60} is not a printable name of at most {MOST_NAME} characters.")
