@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from params.bounds import Count, CountOrZero, NonNegative, PartialShare, Positive, PositiveShare, Seed
+from params.bounds import Bounds, Count, CountOrZero, NonNegative, PartialShare, Positive, PositiveShare, Seed
 
 MOST_NAME = 128  # characters of a tenant's name
+MOST_RATE = 1e30  # learning rate: above it the optimizers' own float32 arithmetic overflows
+LearningRate = Annotated[float, Bounds(0, MOST_RATE, high_included=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class OptimizerConfig:
     """A client's optimizer; the learning rate is constant unless optim_step is given another."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"  # adam couples its decay with the gradient; sgd without momentum
-    learning_rate: NonNegative = 1e-4  # per optimizer step
+    learning_rate: LearningRate = 1e-4  # per optimizer step
     weight_decay: NonNegative = 0.01  # of the adapter's weights
     betas: tuple[PartialShare, PartialShare] = (0.9, 0.999)  # of adam and adamw
     eps: Positive = 1e-8  # of adam and adamw

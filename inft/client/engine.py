@@ -17,15 +17,15 @@ from types import TracebackType
 from typing import Any
 
 from inft.client.bases import Bases
-from inft.client.errors import Closed, Conflict, InvalidRequest, NotFound, QueueFull, RateLimited
-from inft.client.operations import LOAD_STATE, SAMPLE, canonical, check_operation, digest, new_id, now
+from inft.client.clients import Clients
+from inft.client.errors import Closed, Conflict, InternalError, InvalidRequest, NotFound, QueueFull, RateLimited
+from inft.client.operations import LOAD_STATE, SAMPLE, audit_entry, canonical, check_operation, digest, new_id, now
 from inft.client.residents import Residents
 from inft.client.schedule import OpenOperation, Schedule
 from inft.client.store import CANCELLED, OPEN, ClientRow, OperationRow, Store
 from inft.client.worker import Worker
 from inft.training.storage import locked
-from params.client import MOST_NAME, EngineParams, TrainingConfig
-from params.client_resolve import as_mapping, training_config
+from params.client import EngineParams, TrainingConfig
 from params.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Engine:
         self.directory = Path(self.params.state_dir).expanduser()
         self._changed = threading.Condition(threading.RLock())
         self._closing = False
-        self._configs: dict[str, TrainingConfig] = {}  # by client: to check one costs a millisecond
+        self._deleting: set[str] = set()  # clients that are being deleted
         with ExitStack() as opening:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -62,6 +62,7 @@ class Engine:
             self._schedule = Schedule()
             self._recover()
             self._worker = Worker(self._store, self._residents, self._schedule, self._changed, self.params)
+            self._clients = Clients(self._store, self._bases, self._residents, self._worker, self.params)
             self._resources = opening.pop_all()
         self._worker.start()
 
@@ -103,8 +104,9 @@ class Engine:
         if self._schedule.knows(client.id):
             return
         line = self._schedule.line(client.id, next_run=client.next_run)
-        rows = self._store.operations(client.id, after=client.next_run - 1, status=CANCELLED)
-        line.skipped |= {row.seq for row in rows}
+        rows = self._store.operations(client.id, after=client.next_run - 1)
+        # Cancelled ones; and those that have run where a cancelled one's record came later than theirs.
+        line.skipped |= {row.seq for row in rows if row.status != OPEN}
         line.advance()
 
     # Models and clients
@@ -122,77 +124,36 @@ class Engine:
 
         The same `request_id` once more gives the same client: its answer may have been lost.
         Errors: UserError for a configuration, a model or targets that are not right; Conflict for a `request_id` that
-        made a client with another configuration.
+        made a client with another configuration, and where the tenant has as many clients as it may.
         """
-        _check_tenant(tenant)
-        checked = training_config(config)
-        if request_id is not None and (before := self._store.client_made_by(tenant, request_id)):
-            return self._made_before(before, checked)
-        if checked.seed is None:
-            checked = replace(checked, seed=secrets.randbits(31))
         self._refuse_when_closing()
-        if len(self._store.clients(tenant)) >= self.params.max_clients_per_tenant:
-            raise RateLimited(f"the tenant has {self.params.max_clients_per_tenant} clients, which is the limit.")
-        base = self._bases.get(checked.model_ref)
-        row = ClientRow(
-            id=new_id("tc"),
-            tenant=tenant,
-            config=as_mapping(checked),
-            created_at=now(),
-            fingerprint=base.fingerprint,
-            request_id=request_id,
-        )
-        entry = self._entry(tenant, "create_client", row.id, "completed", {"model_ref": checked.model_ref}, request_id)
-        return self._worker.call(lambda: self._created(row, entry))
-
-    def _made_before(self, row: ClientRow, config: TrainingConfig) -> Values:
-        made = training_config(row.config)
-        if config.seed is None:
-            made = replace(made, seed=None)
-        if made.dp_config is not None and config.dp_config is not None and config.dp_config.noise_multiplier is None:
-            made = replace(made, dp_config=replace(made.dp_config, noise_multiplier=None))
-        if made != config:
-            raise Conflict(f"request {row.request_id!r:.80} made client {row.id} with another configuration.")
-        return self._client_info(row)
-
-    def _created(self, row: ClientRow, entry: Values) -> Values:
-        if row.request_id is not None and (before := self._store.client_made_by(row.tenant, row.request_id)):
-            return self._client_info(before)  # two requests at once: the worker makes one after the other
-        learner = self._residents.create(row)
-        row = replace(row, config=as_mapping(learner.config), dp_metrics=learner.dp_metrics())
-        try:
-            self._store.add_client(row, entry)
-        except BaseException:
-            self._residents.drop(row.id)
-            raise
-        return self._client_info(row)
+        return self._clients.create(tenant, config, request_id)
 
     def get_client(self, tenant: str, client_id: str) -> Values:
         """Return a client's ClientInfo. Errors: NotFound."""
-        return self._client_info(self._client(tenant, client_id))
+        return self._clients.info(self._clients.row(tenant, client_id))
 
     def list_clients(self, tenant: str) -> list[Values]:
         """Return the tenant's clients, oldest first."""
-        return [self._client_info(row) for row in self._store.clients(tenant)]
+        return self._clients.of_tenant(tenant)
 
-    def _client(self, tenant: str, client_id: str) -> ClientRow:
-        row = self._store.client(client_id)
-        if row is None or row.tenant != tenant:
-            raise NotFound(f"there is no training client {client_id!r:.80}.")
-        return row
+    def delete_client(self, tenant: str, client_id: str, *, request_id: str | None = None) -> None:
+        """Remove a client with its log; its checkpoints stay.
 
-    def _client_info(self, row: ClientRow) -> Values:
-        return {
-            "id": row.id,
-            "status": row.status,
-            "reason": row.reason,
-            "step": row.step,
-            "config": row.config,
-            "created_at": row.created_at,
-            "dp_enabled": row.dp_metrics is not None,
-            "dp_metrics": row.dp_metrics,
-            "next_seq": self._store.last_seq(row.id) + 1,
-        }
+        Errors: NotFound; Conflict while operations of it are open.
+        """
+        row = self._clients.row(tenant, client_id)
+        with self._changed:
+            self._refuse_when_closing()
+            if self._schedule.busy(client_id):
+                raise Conflict(f"client {client_id} has operations that have not ended: wait for them, or cancel them.")
+            self._schedule.forget(client_id)
+            self._deleting.add(client_id)  # nothing is accepted from here on
+        try:
+            self._clients.delete(row, request_id)
+        finally:
+            with self._changed:
+                self._deleting.discard(client_id)
 
     # Operations
 
@@ -214,7 +175,7 @@ class Engine:
         Errors: NotFound; Conflict for a number that another payload has; InvalidRequest and other UserErrors of the
         payload, which do not use up the number; RateLimited, QueueFull and Closed.
         """
-        client = self._client(tenant, client_id)
+        client = self._clients.row(tenant, client_id)
         text = canonical(payload)
         known = digest(kind, text, loss)
         if seq is not None and (before := self._repeated(client, seq, known)):
@@ -230,7 +191,9 @@ class Engine:
                 return before
             self._refuse_when_closing()
             self._refuse_when_full(tenant)
-            self._line(self._client(tenant, client_id))
+            if client_id in self._deleting:
+                raise NotFound(f"there is no training client {client_id!r:.80}.")
+            self._line(self._clients.row(tenant, client_id))
             number = self._number(client, seq)
             row = OperationRow(
                 id=new_id("fut"),
@@ -243,7 +206,7 @@ class Engine:
                 created_at=now(),
             )
             details = {"seq": number, "payload_sha256": known}
-            self._store.accept(row, self._entry(tenant, kind, client_id, "accepted", details, request_id))
+            self._store.accept(row, audit_entry(tenant, kind, client_id, "accepted", details, request_id))
             operation = OpenOperation(row=row, tenant=tenant, prepared=prepared, loss=loss)
             self._schedule.add(operation)
             self._changed.notify_all()
@@ -264,7 +227,7 @@ class Engine:
     def _checked(
         self, client: ClientRow, kind: str, payload: Mapping[str, Any], loss: Callable[..., Any] | None
     ) -> Any:
-        config = self._configs.get(client.id) or self._configs.setdefault(client.id, training_config(client.config))
+        config = self._clients.config(client)
         base = self._bases.get(config.model_ref)
         if kind == LOAD_STATE and isinstance(payload.get("artifact_id"), str):
             self.artifact(client.tenant, payload["artifact_id"])
@@ -303,6 +266,7 @@ class Engine:
             operation.ended.wait(timeout)
             if operation.outcome is not None:
                 return _info(operation.outcome, operation.outcome.status)
+            self._refuse_when_failed()
         return self.future(tenant, future_id)
 
     def cancel(self, tenant: str, future_id: str) -> bool:
@@ -318,10 +282,8 @@ class Engine:
                 finished_at=now(),
                 error={"code": "cancelled", "message": "it was cancelled before it ran.", "details": {}},
             )
-            entry = self._entry(tenant, "cancel", row.client_id, "completed", {"seq": row.seq}, None)
-            line = self._schedule.line(row.client_id)
-            passed = line.next_run + 1 if row.seq == line.next_run else line.next_run
-            self._store.finish(row, entry, client={"next_run": passed})
+            entry = audit_entry(tenant, "cancel", row.client_id, "completed", {"seq": row.seq}, None)
+            self._store.finish(row, entry, client={})
             self._schedule.cancelled(operation)
             operation.finish(row)
             self._changed.notify_all()
@@ -330,7 +292,8 @@ class Engine:
     def _open_info(self, operation: OpenOperation) -> Values:
         if operation.running:
             return _info(operation.row, "running")
-        return _info(operation.row, "waiting" if self._schedule.waits(operation) else "queued")
+        missing = self._schedule.waits_for(operation)
+        return _info(operation.row, "queued" if missing is None else "waiting", waits_for=missing)
 
     # Checkpoints, audit, health
 
@@ -353,34 +316,30 @@ class Engine:
         self, tenant: str, action: str, target: str, outcome: str, details: Mapping[str, Any], request_id: str | None
     ) -> None:
         """Append an audit entry for what was refused before it reached the engine."""
-        self._store.audit(self._entry(tenant, action, target, outcome, details, request_id))
+        self._store.audit(audit_entry(tenant, action, target, outcome, details, request_id))
 
     def health(self) -> Values:
         """Return the state of the service; nothing of it tells of a tenant."""
         with self._changed:
             pending = len(self._schedule)
         return {
-            "status": "closing" if self._closing else "ok",
+            "status": "failed" if self._worker.failed else "closing" if self._closing else "ok",
             "pending": pending,
             "resident_clients": len(self._residents),
             "models": self._bases.names(),
             "version": version("inft"),
         }
 
-    def _entry(
-        self, tenant: str, action: str, target: str, outcome: str, details: Mapping[str, Any], request_id: str | None
-    ) -> Values:
-        return {
-            "tenant": tenant,
-            "action": action,
-            "target": target,
-            "outcome": outcome,
-            "details": dict(details),
-            "at": now(),
-            "request_id": request_id,
-        }
+    def _refuse_when_failed(self) -> None:
+        if self._worker.failed is not None:
+            raise InternalError(
+                f"the engine has stopped on a fault of the machine or of ours ({self._worker.failed}): start it again; "
+                "what it accepted is kept.",
+                type=type(self._worker.failed).__name__,
+            )
 
     def _refuse_when_closing(self) -> None:
+        self._refuse_when_failed()
         if self._closing:
             raise Closed("the engine is shutting down: what it has accepted runs when it is started again.")
 
@@ -396,20 +355,16 @@ class Engine:
             )
 
 
-def _info(row: OperationRow, status: str) -> Values:
+def _info(row: OperationRow, status: str, *, waits_for: int | None = None) -> Values:
     return {
         "id": row.id,
         "client_id": row.client_id,
         "kind": row.kind,
         "seq": row.seq,
         "status": status,
+        "waits_for": waits_for,
         "created_at": row.created_at,
         "finished_at": row.finished_at,
         "result": row.result,
         "error": row.error,
     }
-
-
-def _check_tenant(tenant: str) -> None:
-    if not tenant or len(tenant) > MOST_NAME or not tenant.isprintable():
-        raise InvalidRequest(f"tenant {tenant!r:.60} is not a printable name of at most {MOST_NAME} characters.")

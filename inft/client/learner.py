@@ -29,11 +29,12 @@ from inft.client.state import (
     OPTIMIZER,
     LearnerState,
     check_like,
+    finite_or_none,
     of_prefix,
     whole_number,
     with_prefix,
 )
-from params.client import TrainingConfig
+from params.client import MOST_RATE, TrainingConfig
 from params.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def prepare(
 def check_optim_step(payload: Mapping[str, Any]) -> None:
     """Raise InvalidRequest for a learning rate that is none."""
     rate = payload.get("learning_rate")
-    if rate is not None and not (math.isfinite(rate) and rate >= 0):
-        raise InvalidRequest(f"learning_rate is {rate}: give a finite number of 0 or more.")
+    if rate is not None and not 0 <= rate <= MOST_RATE:
+        raise InvalidRequest(f"learning_rate is {rate}: give a number from 0 to {MOST_RATE:g}.")
 
 
 def row_limit(base: Base, config: TrainingConfig) -> int:
@@ -127,7 +128,7 @@ class Learner:
             "grad_norm": self._gradient.norm() / (1 if self._private is None else self._private.expected_rows),
             "tokens_processed": prepared.model_batch.batch.tokens,
             "dp_metrics": private,
-            "metrics": dict(output.metrics),
+            "metrics": {name: finite_or_none(value) for name, value in output.metrics.items()},
             "accumulated": self._gradient.count,
         }
 

@@ -107,3 +107,18 @@ def new_id(prefix: str) -> str:
 def now() -> str:
     """Return the time as ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def audit_entry(
+    tenant: str, action: str, target: str, outcome: str, details: Mapping[str, Any], request_id: str | None
+) -> dict[str, Any]:
+    """Return what `audit.append` takes, of this moment."""
+    return {
+        "tenant": tenant,
+        "action": action,
+        "target": target,
+        "outcome": outcome,
+        "details": dict(details),
+        "at": now(),
+        "request_id": request_id,
+    }

@@ -109,6 +109,10 @@ class Residents:
             )
         return {"snapshot": name, "snapshot_seq": seq}
 
+    def snapshots_of(self, client_id: str) -> list[Path]:
+        """Return the directories of a client's snapshots."""
+        return list(self._snapshots.glob(f"{client_id}-*"))
+
     def stands_on(self, client_id: str, name: str) -> None:
         """Take note of a recorded snapshot and remove the one before."""
         resident = self._residents[client_id]

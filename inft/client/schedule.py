@@ -71,6 +71,10 @@ class Schedule:
         """Whether the client has a line."""
         return client_id in self._lines
 
+    def forget(self, client_id: str) -> None:
+        """Drop the line of a client without open operations."""
+        self._lines.pop(client_id, None)
+
     def busy(self, client_id: str) -> bool:
         """Whether the client has open operations."""
         return client_id in self._lines and bool(self._lines[client_id].open)
@@ -127,8 +131,8 @@ class Schedule:
             del self._turns[operation.row.client_id]
         return line
 
-    def waits(self, operation: OpenOperation) -> bool:
-        """Whether a number before it has not arrived."""
+    def waits_for(self, operation: OpenOperation) -> int | None:
+        """The first number before it that has not arrived; None where all have."""
         line = self._lines[operation.row.client_id]
         earlier = range(line.next_run, operation.row.seq)
-        return any(seq not in line.open and seq not in line.skipped for seq in earlier)
+        return next((seq for seq in earlier if seq not in line.open and seq not in line.skipped), None)

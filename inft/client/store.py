@@ -171,6 +171,18 @@ class Store:
             row = self._db.execute(query, (tenant, request_id)).fetchone()
         return None if row is None else _client(row)
 
+    def count_clients(self, tenant: str) -> int:
+        """Return the number of a tenant's clients."""
+        with self._reading():
+            return int(self._db.execute("SELECT COUNT(*) FROM clients WHERE tenant = ?", (tenant,)).fetchone()[0])
+
+    def delete_client(self, client_id: str, entry: Mapping[str, Any]) -> None:
+        """Remove a client and its operations, and record that."""
+        with self._writing():
+            self._db.execute("DELETE FROM operations WHERE client_id = ?", (client_id,))
+            self._db.execute("DELETE FROM clients WHERE id = ?", (client_id,))
+            audit.append(self._db, **entry)
+
     def clients(self, tenant: str) -> list[ClientRow]:
         """Return a tenant's clients, oldest first."""
         with self._reading():
@@ -227,6 +239,8 @@ class Store:
             self._set_client(client_id, columns)
 
     def _set_client(self, client_id: str, columns: Mapping[str, Any]) -> None:
+        if not columns:
+            return
         assignments = ", ".join(f"{name} = ?" for name in columns)
         values = [_column(value) for value in columns.values()]
         self._db.execute(f"UPDATE clients SET {assignments} WHERE id = ?", (*values, client_id))

@@ -24,6 +24,7 @@ from inft.client.operations import (
     OPTIM_STEP,
     SAMPLE,
     SAVE_STATE,
+    audit_entry,
     check_operation,
     now,
 )
@@ -58,6 +59,7 @@ class Worker:
         self._changed, self._params = changed, params
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._stopping = False
+        self.failed: Exception | None = None  # what ended the thread before it was told to stop
         self._thread = threading.Thread(target=self._work, name="inft-client", daemon=True)
 
     def start(self) -> None:
@@ -76,7 +78,7 @@ class Worker:
         """Run a function between two operations and return what it returns, or raise what it raises."""
         future: Future[Any] = Future()
         with self._changed:
-            if self._stopping:
+            if self._stopping or self.failed is not None:
                 future.set_exception(Closed("the engine has been closed."))
             else:
                 self._calls.append((function, future))
@@ -84,6 +86,19 @@ class Worker:
         return future.result()
 
     def _work(self) -> None:
+        try:
+            self._work_until_stopped()
+        except Exception as error:  # not an operation's: the log itself cannot be read or written
+            logger.critical("the engine has stopped", exc_info=error)
+            with self._changed:
+                self.failed = error
+                self._refuse_calls()
+                self._schedule.release()
+                self._changed.notify_all()
+            return
+        self._end()
+
+    def _work_until_stopped(self) -> None:
         while True:
             with self._changed:
                 operation = None
@@ -96,11 +111,14 @@ class Worker:
                 _answer(*call)
             if operation is not None:
                 self._run(operation)
-        self._end()
+
+    def _refuse_calls(self) -> None:
+        while self._calls:
+            self._calls.popleft()[1].set_exception(Closed("the engine has been closed."))
 
     def _end(self) -> None:
-        for _, future in self._calls:
-            future.set_exception(Closed("the engine has been closed."))
+        with self._changed:
+            self._refuse_calls()
         try:
             self._residents.store_all()
         except (ClientError, UserError, OSError) as error:
@@ -111,14 +129,7 @@ class Worker:
         outcome = self._outcome(operation)
         row = outcome.row
         details = {"seq": row.seq, **({"error": row.error["code"]} if row.error else {})}
-        entry = {
-            "tenant": operation.tenant,
-            "action": row.kind,
-            "target": row.client_id,
-            "outcome": row.status,
-            "details": details,
-            "at": row.finished_at,
-        }
+        entry = audit_entry(operation.tenant, row.kind, row.client_id, row.status, details, None)
         try:
             self._store.finish(row, entry, client=outcome.client, artifact=outcome.artifact)
         except StorageFull as error:

@@ -25,6 +25,7 @@ OPERATIONS = (
     f"get {ARTIFACT}/content",
     "get /v1/audit_logs",
     "get /v1/health",
+    f"delete {CLIENT}",  # the last, since what it deletes is then not there for the others
 )
 EXAMPLES = settings(
     max_examples=6, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)

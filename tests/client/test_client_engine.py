@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sqlite3
 import threading
 import time
 
@@ -9,8 +10,18 @@ import pytest
 import torch
 from client_engine_help import CONFIG, SECONDS, TENANT, batch, forward, open_engine, result, run, train
 
-from inft.client.errors import ClientError, Closed, Conflict, InvalidRequest, NotFound, QueueFull, RateLimited
+from inft.client.errors import (
+    ClientError,
+    Closed,
+    Conflict,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    QueueFull,
+    RateLimited,
+)
 from inft.client.losses.inputs import LossOutput
+from inft.client.store import Store
 from params.errors import UserError
 
 
@@ -57,7 +68,7 @@ def test_a_client_trains_and_tells_its_step(engine, client):
 
 def test_operations_that_arrive_out_of_order_run_in_order(engine, client):
     late = engine.submit(TENANT, client, "optim_step", {}, seq=2)
-    assert late["status"] == "waiting"
+    assert (late["status"], late["waits_for"]) == ("waiting", 1)
     assert engine.wait(TENANT, late["id"], 0.05)["status"] == "waiting"
     first = engine.submit(TENANT, client, "forward_backward", forward(), seq=1)
     assert engine.wait(TENANT, late["id"], SECONDS)["result"]["step"] == 1
@@ -332,6 +343,38 @@ def test_a_checkpoint_opens_in_another_client_and_goes_on_bit_equal(engine, clie
     assert info["content_hash"] == saved["content_hash"]
 
 
+def test_a_deleted_client_is_gone_with_its_log_and_its_checkpoints_stay(tmp_path):
+    with open_engine(tmp_path, snapshot_steps=1, max_clients_per_tenant=2) as engine:
+        client, other = (engine.create_client(TENANT, CONFIG)["id"] for _ in range(2))
+        train(engine, client, 2)
+        future = run(engine, client, "forward_backward", forward(9))
+        saved = result(engine, client, "save_state", {})
+        with pytest.raises(Conflict, match="delete some"):
+            engine.create_client(TENANT, CONFIG)
+        engine.delete_client(TENANT, client)
+        for gone in (
+            lambda: engine.get_client(TENANT, client),
+            lambda: engine.submit(TENANT, client, "optim_step", {}),
+            lambda: engine.future(TENANT, future["id"]),
+            lambda: engine.delete_client(TENANT, client),
+        ):
+            with pytest.raises(NotFound):
+                gone()
+        assert list((tmp_path / "snapshots").iterdir()) == []
+        fresh = engine.create_client(TENANT, CONFIG)["id"]
+        assert result(engine, fresh, "load_state", {"artifact_id": saved["artifact_id"]})["step"] == 2
+        with pytest.raises(NotFound):
+            engine.delete_client("other", other)
+    with open_engine(tmp_path) as engine:
+        assert {info["id"] for info in engine.list_clients(TENANT)} == {other, fresh}
+
+
+def test_a_client_with_open_operations_is_not_deleted(engine, client):
+    engine.submit(TENANT, client, "optim_step", {}, seq=2)
+    with pytest.raises(Conflict, match="have not ended"):
+        engine.delete_client(TENANT, client)
+
+
 def test_a_repeated_request_makes_one_client(engine):
     one = engine.create_client(TENANT, CONFIG, request_id="r1")
     assert engine.create_client(TENANT, CONFIG, request_id="r1") == one
@@ -382,3 +425,33 @@ def test_a_service_offers_the_models_it_names_alone(tmp_path):
         with pytest.raises(InvalidRequest, match="small"):
             engine.create_client(TENANT, CONFIG)
         assert engine.create_client(TENANT, CONFIG | {"model_ref": "small"})["config"]["model_ref"] == "small"
+
+
+def test_a_log_that_cannot_be_written_any_more_stops_the_engine_and_leaves_nobody_waiting(tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    with open_engine(tmp_path) as engine:
+        client = engine.create_client(TENANT, CONFIG)["id"]
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "finish", broken)
+            future = engine.submit(TENANT, client, "forward_backward", forward())
+            behind = engine.submit(TENANT, client, "optim_step", {})
+            with pytest.raises(InternalError, match="malformed"):
+                engine.wait(TENANT, behind["id"], SECONDS)
+        assert engine.health()["status"] == "failed"
+        with pytest.raises(InternalError, match="start it again"):
+            engine.submit(TENANT, client, "optim_step", {})
+        with pytest.raises(ClientError):
+            engine.create_client(TENANT, CONFIG)
+    with open_engine(tmp_path) as engine:
+        assert engine.wait(TENANT, behind["id"], SECONDS)["result"]["step"] == 1
+        assert engine.future(TENANT, future["id"])["status"] == "completed"
+
+
+@pytest.mark.parametrize("rate", [1e300, 1e31])
+def test_a_learning_rate_that_would_overflow_is_refused(engine, client, rate):
+    with pytest.raises(InvalidRequest, match="learning_rate"):
+        engine.submit(TENANT, client, "optim_step", {"learning_rate": rate})
+    with pytest.raises(UserError, match="learning_rate"):
+        engine.create_client(TENANT, CONFIG | {"optimizer": {"learning_rate": rate}})

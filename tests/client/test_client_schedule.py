@@ -56,10 +56,10 @@ def test_a_number_whose_predecessor_is_missing_waits():
     late = operation("a", 3)
     schedule.add(operation("a", 1))
     schedule.add(late)
-    assert schedule.waits(late)
+    assert schedule.waits_for(late) == 2
     assert run_all(schedule) == [("a", 1)]
     schedule.add(operation("a", 2))
-    assert not schedule.waits(late)
+    assert schedule.waits_for(late) is None
     assert run_all(schedule) == [("a", 2), ("a", 3)]
 
 

@@ -23,7 +23,6 @@ from inft.client import (
     InternalError,
     InvalidRequest,
     NotFound,
-    RateLimited,
     ServiceClient,
     TimedOut,
     TrainingClient,
@@ -209,7 +208,7 @@ def test_a_full_queue_and_a_rate_limit_are_waited_for_but_not_a_limit_that_stays
     ):
         client = service.create_training_client(CONFIG)
         assert [client.forward_backward(ROWS) for _ in range(8)][-1].result(30).accumulated == 8
-        with pytest.raises(RateLimited, match="1 clients"):
+        with pytest.raises(Conflict, match="1 training clients"):
             service.create_training_client(CONFIG)
 
 
@@ -375,3 +374,16 @@ def test_a_checkpoint_with_one_other_byte_is_refused(service: ServiceClient, tmp
     (place / "more").write_text("x")
     with pytest.raises(InternalError, match="more"):
         check_content(place, saved.content_hash)
+
+
+def test_a_client_is_deleted_over_http_and_its_checkpoint_opens_elsewhere(service: ServiceClient):
+    client = service.create_training_client(CONFIG)
+    client.forward_backward(ROWS)
+    client.optim_step().result()
+    saved = client.save_state()
+    client.delete()
+    with pytest.raises(NotFound):
+        service.get_training_client(client.id)
+    with pytest.raises(NotFound):
+        client.delete()
+    assert service.create_training_client(CONFIG).load_state(saved.artifact_id).step == 1

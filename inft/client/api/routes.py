@@ -121,6 +121,17 @@ async def get_training_client(request: Request, client_id: ClientId) -> Response
     return JSON(await service.call(lambda: service.engine.get_client(tenant, client_id)))
 
 
+@router.delete(
+    "/training_clients/{client_id}", response_model=schemas.Deleted, responses=_responses(404, 409, 503, 507)
+)
+async def delete_training_client(request: Request, client_id: ClientId) -> Response:
+    """Delete a client that has nothing open, with its operations; its checkpoints stay."""
+    service, tenant, request_id = _context(request)
+    _require_id(client_id, "tc")
+    await service.call(lambda: service.engine.delete_client(tenant, client_id, request_id=request_id))
+    return JSON({"deleted": True})
+
+
 def _operation(kind: str, body_type: type[schemas.OperationRequest], *, waits: float) -> None:
     """Add POST …/{kind}: 202 and the future at once, or within `wait` seconds 200 and the future with its result."""
 

@@ -139,7 +139,7 @@ class ForwardBackwardResult(_Answer):
     grad_norm: Annotated[float, Field(description="of the gradient so far, as a step would apply it")]
     tokens_processed: int
     dp_metrics: DPMetrics | None
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     accumulated: Annotated[int, Field(description="forward_backwards since the last step")]
 
 
@@ -223,10 +223,17 @@ class FutureInfo(_Answer):
         Literal["waiting", "queued", "running", "completed", "failed", "cancelled"],
         Field(description="waiting: for an operation of an earlier number that has not come"),
     ]
+    waits_for: Annotated[int | None, Field(description="the first number that has not come, while it is waiting")]
     created_at: str
     finished_at: str | None
     result: ForwardBackwardResult | OptimStepResult | SampleResult | SaveStateResult | LoadStateResult | None
     error: OperationError | None
+
+
+class Deleted(_Answer):
+    """What deleting came to."""
+
+    deleted: Literal[True]
 
 
 class ClientInfo(_Answer):

@@ -36,6 +36,9 @@ class EngineLike(Protocol):
     def get_client(self, tenant: str, client_id: str) -> Values:
         """Return ClientInfo."""
 
+    def delete_client(self, tenant: str, client_id: str, *, request_id: str | None = None) -> None:
+        """Remove a client."""
+
     def list_clients(self, tenant: str) -> list[Values]:
         """Return ClientInfo of the tenant's clients."""
 

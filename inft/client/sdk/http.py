@@ -69,6 +69,10 @@ class HttpTransport:
         """Return ClientInfo."""
         return self._json("GET", f"/v1/training_clients/{plain_id(client_id)}")
 
+    def delete_client(self, client_id: str) -> None:
+        """Delete a training client that has nothing open."""
+        self._json("DELETE", f"/v1/training_clients/{plain_id(client_id)}")
+
     def list_clients(self) -> list[Values]:
         """Return ClientInfo of all training clients of this tenant."""
         return _rows(self._json("GET", "/v1/training_clients"), "training_clients")

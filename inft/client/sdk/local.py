@@ -69,6 +69,10 @@ class LocalTransport:
         """Return ClientInfo."""
         return self.engine.get_client(self._tenant, client_id)
 
+    def delete_client(self, client_id: str) -> None:
+        """Delete a training client that has nothing open."""
+        self.engine.delete_client(self._tenant, client_id)
+
     def list_clients(self) -> list[Values]:
         """Return ClientInfo of all training clients of this tenant."""
         return self.engine.list_clients(self._tenant)

@@ -19,7 +19,7 @@ class ForwardBackwardResult:
     grad_norm: float  # L2, of the gradient accumulated so far, as a step would apply it
     tokens_processed: int  # real ones, without padding
     dp_metrics: Mapping[str, Any] | None = None  # with privacy: ε so far, and the share of rows that were clipped
-    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))  # what the loss measured
+    metrics: Mapping[str, float | None] = field(default_factory=lambda: MappingProxyType({}))  # what the loss measured
     accumulated: int = 1  # forward_backwards since the last step
 
 

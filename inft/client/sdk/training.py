@@ -79,6 +79,13 @@ class TrainingClient:
         self._info = self._transport.get_client(self.id)
         return self
 
+    def delete(self) -> None:
+        """Delete this client with its operations; the checkpoints that it saved stay.
+
+        Errors: Conflict while operations of it have not ended.
+        """
+        self._transport.delete_client(self.id)
+
     def forward_backward(
         self,
         batch: Mapping[str, Any],

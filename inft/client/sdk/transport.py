@@ -24,6 +24,9 @@ class Transport(Protocol):
     def get_client(self, client_id: str) -> Values:
         """Return ClientInfo."""
 
+    def delete_client(self, client_id: str) -> None:
+        """Delete a training client that has nothing open."""
+
     def list_clients(self) -> list[Values]:
         """Return ClientInfo of all training clients of this tenant."""
 

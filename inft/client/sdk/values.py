@@ -52,6 +52,8 @@ def plain_value(value: Any, *, name: str) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain_value(item, name=f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple | range):
+        if set(map(type, value)) <= {int, float}:  # rows of tokens: one look at all of them
+            return list(value)
         return [plain_value(item, name=name) for item in value]
     raise UserError(f"{name} holds {type(value).__name__}: give numbers, texts, lists, arrays or tensors.")
 

@@ -1,6 +1,6 @@
 """What differential privacy costs: per-example clipping against a plain backward pass, and against Opacus.
 
-    python scripts/bench/client/privacy.py [--rows 8] [--tokens 96] [--repetitions 40]
+    python scripts/bench/client/privacy.py [--rows 8] [--tokens 168] [--repetitions 40]
 
 One LoRA model in one process and on one thread; Opacus works on a copy of it. "pass" is forward, backward and, where
 private, clipping; "step" is that with noise and the optimizer. Before the timing, our sum of clipped gradients must
@@ -132,7 +132,7 @@ def main() -> None:
     """Check, time, print; the exit code is 1 when the limit is missed."""
     options = parser(__doc__, repetitions=40)
     options.add_argument("--rows", type=int, default=8, help="rows of a batch")
-    options.add_argument("--tokens", type=int, default=96, help="tokens of a row")
+    options.add_argument("--tokens", type=int, default=168, help="tokens of a row")
     chosen = options.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="(opacus|torch)")  # about hooks, once for each layer

@@ -1,6 +1,6 @@
 """A training step through the client, in process and over HTTP, against a bare loop of the same model.
 
-    python scripts/bench/client/step.py [--rows 8] [--tokens 96] [--repetitions 60]
+    python scripts/bench/client/step.py [--rows 8] [--tokens 168] [--repetitions 60]
 
 All three take the same rows as lists and return the loss, with the guide's adapter (rank 16, dropout .05) and AdamW.
 The service is `inft serve` in a process of its own on the loopback; everything has one thread. The first losses must
@@ -35,7 +35,7 @@ def main() -> None:
     """Check, time, print; the exit code is 1 when a limit is missed."""
     options = parser(__doc__, repetitions=60)
     options.add_argument("--rows", type=int, default=8, help="rows of a batch")
-    options.add_argument("--tokens", type=int, default=96, help="tokens of a row")
+    options.add_argument("--tokens", type=int, default=168, help="tokens of a row")
     chosen = options.parse_args()
     torch.set_num_threads(1)
     rows = rows_of(chosen.rows, chosen.tokens)
