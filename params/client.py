@@ -8,6 +8,7 @@ from params.bounds import Bounds, Count, CountOrZero, NonNegative, PartialShare,
 
 MOST_NAME = 128  # characters of a tenant's name
 MOST_RATE = 1e30  # learning rate: above it the optimizers' own float32 arithmetic overflows
+Rank = Annotated[int, Bounds(1, 4096, high_included=True)]
 LearningRate = Annotated[float, Bounds(0, MOST_RATE, high_included=True)]
 
 
@@ -15,10 +16,10 @@ LearningRate = Annotated[float, Bounds(0, MOST_RATE, high_included=True)]
 class LoRAConfig:
     """A client's adapter on the shared, frozen base."""
 
-    rank: Count = 16  # of A and B
+    rank: Rank = 16  # of A and B
     alpha: Positive = 32.0  # scale is alpha / rank
     dropout: PartialShare = 0.05  # on the adapter's input, while training
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj", "k_proj", "o_proj")  # names, or patterns of whole names
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj", "k_proj", "o_proj")  # last parts of names, or globs
     bias: Literal["none"] = "none"  # the base is shared and frozen: its biases cannot be trained
 
 
@@ -87,7 +88,8 @@ class EngineParams:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the base; auto: bfloat16 on CUDA, float32 on the CPU
     quantize: bool = False  # base in 4 bit (NF4)
-    snapshot_steps: Count = 50  # optimizer steps between snapshots: what a crash makes run again at the most
+    snapshot_steps: Count = 50  # optimizer steps between snapshots (or four times as many operations), for a crash
+    max_batch_tokens: Count = 2**18  # tokens of one forward_backward, padding included
     max_resident_clients: Count = 64  # adapters in memory; one that is idle is stored and read back when needed
     max_pending: Count = 1024  # operations that wait, of all tenants
     max_pending_per_tenant: Count = 256  # operations that wait, of one tenant

@@ -102,6 +102,11 @@ def _contradictions(config: TrainingConfig) -> list[str]:
         return problems
     if not 0 < dp.target_delta < 1:
         problems.append(f"dp_config.target_delta is {dp.target_delta}: give a number between 0 and 1.")
+    elif dp.target_delta >= 1 / dp.dataset_size:
+        problems.append(
+            f"dp_config.target_delta is {dp.target_delta:g}, and with {dp.dataset_size} rows it must be below 1 / "
+            f"{dp.dataset_size}: above, publishing a whole row would count as private."
+        )
     if dp.sample_rate is None and config.batch_size > dp.dataset_size:
         problems.append(
             f"batch_size {config.batch_size} is more than dp_config.dataset_size {dp.dataset_size}: lower it, or give "

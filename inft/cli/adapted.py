@@ -56,6 +56,8 @@ def resolve(
     from params.evaluation import resolve_eval
 
     common = {**recorded(adapter, model), **{name: value for name, value in own.items() if value is not None}}
+    if common.get("model_name") == "":  # the embedded model, as the adapter says
+        common |= {"model_name": None, "demo": True}
     if base:
         common["adapter"] = None
     of_forgetting = [text for text in overrides if text.startswith(FORGETTING)]

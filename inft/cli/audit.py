@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 DATABASE = "client.sqlite"  # in the state directory
 TAMPERED = 1  # exit status
+SHOWN = 80  # characters of a text of the log: it may have been tampered with to look like a line of ours
+MOST_NAMES = 20  # of tenants that are listed
 
 
 @app.callback()
@@ -45,7 +47,7 @@ def verify(
     can be seen in no other way. The log is opened read-only, also while the service runs. Exit status 0: whole; 1: not
     whole, and what is wrong is named; 2: it could not be read.
     """
-    from inft.client.audit import holds
+    from inft.client.audit import holds, tenants
     from inft.client.audit import verify as verify_chains
 
     wanted = [head_of(head) for head in heads or []]
@@ -55,8 +57,13 @@ def verify(
             db.execute("BEGIN")  # one view of the log for all that is read, while a service may write to it
             reports = verify_chains(db, tenant=tenant)
             lost = [head for head in wanted if not holds(db, head, tenant=tenant)]
+            known = tenants(db)
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path} could not be read: {error}. Is it the database of a training service?") from error
+    if tenant is not None and tenant not in known:
+        if not lost:
+            raise UserError(f"--tenant {tenant!r:.{SHOWN}}: there is no such tenant in the log; {_names(known)}.")
+        reports = []
     for line in lines_of(reports, lost):
         typer.echo(line)
     if lost or not all(report.whole for report in reports):
@@ -73,18 +80,30 @@ def opened(path: Path) -> sqlite3.Connection:
 def head_of(text: str) -> str:
     """The hash in lower case; UserError for what is no SHA-256."""
     head = text.strip().lower()
-    if len(head) != 64 or set(head) - set("0123456789abcdef"):
+    if not is_hash(head):
         raise UserError(f"--head {text!r:.80} is not a hash: give 64 hexadecimal digits, as inft audit verify prints.")
     return head
+
+
+def is_hash(text: object) -> bool:
+    """Whether it is a SHA-256 in lower case."""
+    return isinstance(text, str) and len(text) == 64 and not set(text) - set("0123456789abcdef")
+
+
+def _names(tenants: list[str]) -> str:
+    more = f" and {len(tenants) - MOST_NAMES} more" if len(tenants) > MOST_NAMES else ""
+    listed = ", ".join(f"{name!r:.{SHOWN}}" for name in tenants[:MOST_NAMES])
+    return f"it has {listed}{more}" if tenants else "it is empty"
 
 
 def lines_of(reports: "list[ChainReport]", lost: list[str]) -> Iterator[str]:
     """What a user is told, line by line."""
     for report in reports:
         state = "whole" if report.whole else "NOT WHOLE"
-        yield f"{report.tenant!r}: {state}, {report.entries:,} entries, head {report.head}"
+        head = report.head if is_hash(report.head) else f"{report.head!r:.{SHOWN}}"
+        yield f"{report.tenant!r:.{SHOWN}}: {state}, {report.entries:,} entries, head {head}"
         yield from (f"  {problem}" for problem in report.problems)
-    if not reports:
+    if not reports and not lost:
         yield "the log is empty"
     for head in lost:
         yield f"head {head} is not in the log: entries were cut off its end, or it is another log's."

@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from params.errors import UserError
 
 SCORING = ("sacrebleu", "pycocoevalcap", "jieba", "MeCab", "unidic_lite")  # of the extra `eval`: what scores captions
-CLIENT = ("fastapi", "uvicorn", "httpx", "opacus")  # of the extra `client`: the training client and its service
+# Of the extra `client`: the training client and its service.
+CLIENT = ("fastapi", "uvicorn", "httpx", "opacus", "peft", "accelerate")
 
 
 def require_extras(*modules: str) -> None:

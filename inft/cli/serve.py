@@ -80,6 +80,7 @@ def serve(
     max_pending: Annotated[str | None, _option("max_pending", "N")] = None,
     max_pending_per_tenant: Annotated[str | None, _option("max_pending_per_tenant", "N")] = None,
     max_clients_per_tenant: Annotated[str | None, _option("max_clients_per_tenant", "N")] = None,
+    max_batch_tokens: Annotated[str | None, _option("max_batch_tokens", "N")] = None,
     rate_limit: Annotated[str | None, _option("rate_limit", "X")] = None,
     rate_burst: Annotated[str | None, _option("rate_burst", "N")] = None,
     max_body_bytes: Annotated[str | None, _option("max_body_bytes", "N")] = None,

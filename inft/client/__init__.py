@@ -58,6 +58,7 @@ _MODULES: Mapping[str, str] = {
     "RateLimited": "inft.client.errors",
     "QueueFull": "inft.client.errors",
     "Closed": "inft.client.errors",
+    "ClientUnavailable": "inft.client.errors",
     "StorageFull": "inft.client.errors",
     "TimedOut": "inft.client.errors",
     "InternalError": "inft.client.errors",

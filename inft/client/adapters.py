@@ -12,20 +12,14 @@ import torch
 from torch import nn
 
 from inft.client.dropout import Masks, SeededDropout
-from inft.models.modules import part_of
-from inft.training.adapters import exact_pattern, resolve_targets
+from inft.training.adapters import exact_pattern
 from inft.training.quiet import quietly
 from params.client import LoRAConfig
-from params.errors import UserError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-    from inft.models.spec import ModelSpec
-
 PREFIX = "base_model.model."  # of the names in PEFT's files
-# Their rows are images and tiles, or one image's patches for several rows: no gradient of one example can be told.
-NOT_BY_EXAMPLE = ("vision", "projector", "cross-attention")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,23 +46,6 @@ class Adapter:
             layer._active_adapter = []
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
-
-
-def target_layers(model: nn.Module, spec: "ModelSpec", lora: LoRAConfig, *, private: bool = False) -> list[str]:
-    """Return the full names of the layers that a client adapts, in the model's order.
-
-    Errors: UserError for a target that matches no layer, with the nearest names, or the head; for a `private` client
-    also for layers outside the language model, with the target.
-    """
-    names = resolve_targets(model, spec, lora.target_modules)
-    barred = [name for name in names if part_of(name, spec) in NOT_BY_EXAMPLE] if private else []
-    if barred:
-        raise UserError(
-            f"lora_config.target_modules match {barred[0]}, of {part_of(barred[0], spec)!r}: with differential"
-            " privacy only the language model's own layers can be adapted, since elsewhere the gradients of two rows "
-            r"cannot be told apart. Name them by a pattern, such as .*language_model.*\.self_attn\.[qkvo]_proj."
-        )
-    return names
 
 
 def adapter_settings(lora: LoRAConfig, names: Sequence[str]) -> "LoraConfig":
@@ -126,6 +103,21 @@ def injected(model: nn.Module, name: str, names: Sequence[str], settings: "LoraC
     return adapter
 
 
+def discard(model: nn.Module, wrapped: "PeftModel | None", name: str, names: Sequence[str]) -> None:
+    """Take out of the layers `names` whatever of an adapter a creation that failed has put there."""
+    from peft.tuners.lora import LoraLayer
+
+    for path in names:
+        layer = model.get_submodule(path)
+        if isinstance(layer, LoraLayer):
+            layer._active_adapter = []  # else PEFT makes another client's adapter the active one
+            layer.delete_adapter(name)
+            if wrapped is None:  # it was the first, and the model is to be no PEFT's yet
+                model.set_submodule(path, layer.get_base_layer())
+    if wrapped is not None:
+        wrapped.peft_config.pop(name, None)
+
+
 @torch.no_grad()
 def _set_first_weights(parameters: dict[str, nn.Parameter], seed: int) -> None:
     """A uniform within ±1/√I, B zero, as PEFT does (Hu et al. 2021, section 4.1); drawn on the CPU for all devices."""
@@ -135,4 +127,4 @@ def _set_first_weights(parameters: dict[str, nn.Parameter], seed: int) -> None:
             weight.zero_()
             continue
         bound = 1 / math.sqrt(weight.shape[1])
-        weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=draw))
+        weight.copy_(torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=draw))

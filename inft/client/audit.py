@@ -11,8 +11,10 @@ Entries hold no keys and no contents of batches: `details` is short, and a paylo
 import hashlib
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 FIRST = "0" * 64  # the hash before a chain's first entry
@@ -32,6 +34,7 @@ CREATE TABLE IF NOT EXISTS audit (
 ) WITHOUT ROWID;
 """
 _COLUMNS = ("tenant", "number", "at", "action", "target", "outcome", "details", "request_id", "previous", "hash")
+MOST_SHOWN = 60  # characters of what an entry says, in a problem
 _MOST_PROBLEMS = 10  # named of one chain: past the first few they only repeat what is known
 
 
@@ -111,34 +114,54 @@ def verify(db: sqlite3.Connection, *, tenant: str | None = None) -> list[ChainRe
 
     What is not found: entries cut off the end, or a whole chain, unless `holds` is asked for a hash noted before.
     """
-    if tenant is not None:
-        return [_verified(db, tenant)]
-    names = [name for (name,) in db.execute("SELECT DISTINCT tenant FROM audit ORDER BY tenant")]
-    return [_verified(db, name) for name in names]
+    columns = f"SELECT {', '.join(_COLUMNS)} FROM audit"
+    with _any_text(db):
+        if tenant is not None:
+            return [_verified(tenant, db.execute(f"{columns} WHERE tenant = ? ORDER BY number", (tenant,)))]
+        rows = db.execute(f"{columns} ORDER BY tenant, number")
+        return [_verified(str(name), own) for name, own in groupby(rows, key=lambda row: row[0])]
+
+
+def tenants(db: sqlite3.Connection) -> list[str]:
+    """Return the names of the tenants that have entries, in order."""
+    with _any_text(db):
+        return [str(name) for (name,) in db.execute("SELECT DISTINCT tenant FROM audit ORDER BY tenant")]
 
 
 def holds(db: sqlite3.Connection, head: str, *, tenant: str | None = None) -> bool:
     """Return whether an entry with this hash is in the log; with a whole chain, nothing before it is lost."""
-    found = db.execute("SELECT tenant FROM audit WHERE hash = ?", (head.lower(),)).fetchall()
-    return any(tenant is None or name == tenant for (name,) in found)
+    query = "SELECT 1 FROM audit WHERE hash = ? AND (? IS NULL OR tenant = ?)"
+    return db.execute(query, (head.lower(), tenant, tenant)).fetchone() is not None
 
 
-def _verified(db: sqlite3.Connection, tenant: str) -> ChainReport:
+@contextmanager
+def _any_text(db: sqlite3.Connection) -> Iterator[None]:
+    """Texts that are no UTF-8, as tampering may leave them, are read with a stand-in for each byte."""
+    before, db.text_factory = db.text_factory, lambda content: content.decode("utf-8", "surrogateescape")
+    try:
+        yield
+    finally:
+        db.text_factory = before
+
+
+def _verified(tenant: str, rows: Iterable[tuple[Any, ...]]) -> ChainReport:
     problems: list[str] = []
     expected, previous, count = 1, FIRST, 0
-    order = f"SELECT {', '.join(_COLUMNS)} FROM audit WHERE tenant = ? ORDER BY number"
-    for row in map(_named, db.execute(order, (tenant,))):
+    for row in map(_named, rows):
         problem = _problem(row, expected, previous)
         if problem is not None and len(problems) < _MOST_PROBLEMS:
             problems.append(problem)
-        expected, previous, count = row["number"] + 1, row["hash"], count + 1
+        expected = row["number"] + 1 if isinstance(row["number"], int) else expected
+        previous, count = row["hash"], count + 1
     return ChainReport(tenant=tenant, entries=count, head=previous, problems=tuple(problems))
 
 
 def _problem(row: Mapping[str, Any], expected: int, previous: str) -> str | None:
     """What is wrong with one entry, given the number and the hash that it should follow."""
     number = row["number"]
-    what = f"entry {number} ({row['action']} of {row['at']})"
+    what = f"entry {number!r:.{MOST_SHOWN}} ({row['action']!r:.{MOST_SHOWN}} of {row['at']!r:.{MOST_SHOWN}})"
+    if not isinstance(number, int) or number < expected:
+        return f"{what} was changed: that is no number of an entry here."
     if number != expected:
         missing = f"entry {expected} is" if number == expected + 1 else f"entries {expected} to {number - 1} are"
         return f"{missing} missing before {what}."

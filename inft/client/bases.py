@@ -4,15 +4,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from inft.client.adapters import Adapter, adapter_settings, inject, injected, target_layers
+from inft.client.adapters import Adapter, adapter_settings, discard, inject, injected
 from inft.client.errors import InvalidRequest
+from inft.client.targets import target_layers
 from inft.models import MODELS
-from inft.models.loading import EMBEDDED, Source, family_of, hub_source, load_model, load_processor, local_source
+from inft.models.loading import EMBEDDED, OURS, Source, family_of, hub_source, load_model, load_processor, local_source
 from inft.models.spec import ModelSpec
 from inft.models.templates import Processor, tokenizer_of
 from inft.models.weights import weights_fingerprint
@@ -23,7 +25,6 @@ from params.client import EngineParams, LoRAConfig
 from params.errors import UserError
 from params.lora import QLoRAParams
 
-OURS = "embedded/"  # prefix of the names of embedded models
 MOST_TOKENS = 4096  # of a row, unless a client asks for more; also where a model does not say what it can take
 
 
@@ -35,7 +36,7 @@ class Base:
 
     def __init__(self, *, name: str, spec: ModelSpec, model: Any, processor: Processor, fingerprint: str) -> None:
         text = model.config.get_text_config()
-        self.name = name
+        self.name = name  # embedded/…, the absolute path of a directory, or a hub id
         self.spec = spec
         self.model = model  # of transformers; with the first adapter its layers become PEFT's, in place
         self.processor = processor
@@ -45,6 +46,8 @@ class Base:
         self.collator = spec.collator(processor, max_length=self.context, over_length="error")
         self.fingerprint = fingerprint  # of the weights
         self.device: torch.device = next(model.parameters()).device
+        bits = " in 4 bit" if getattr(model, "is_loaded_in_4bit", False) else ""
+        self.placement = f"{self.device.type}, {model.dtype}{bits}".replace("torch.", "")  # what decides the last bits
         self._wrapped: Any = None  # PEFT's model around it, which adds and deletes adapters
         self._adapters: dict[str, Adapter] = {}
         self._active: Adapter | None = None
@@ -63,8 +66,13 @@ class Base:
             raise UserError(f"the adapter's name {name!r} is empty or taken: choose another.")
         names = self.targets(lora, private=private)
         settings = adapter_settings(lora, names)
-        self._wrapped = inject(self.model, self._wrapped, name, names, settings)
-        adapter = self._adapters[name] = injected(self.model, name, names, settings, seed=seed)
+        try:
+            self._wrapped = inject(self.model, self._wrapped, name, names, settings)
+            adapter = injected(self.model, name, names, settings, seed=seed)
+        except BaseException:  # most often a full memory, which the half that was made would keep full
+            discard(self.model, self._wrapped, name, names)
+            raise
+        self._adapters[name] = adapter
         return dict(adapter.parameters)
 
     def remove_adapter(self, name: str) -> None:
@@ -119,14 +127,18 @@ class Bases:
                 self._loaded[target] = load_base(target, self._params)
             return self._loaded[target]
 
+    def loaded(self, model_ref: str) -> Base | None:
+        """Return the base where it has been loaded, else None. Errors: InvalidRequest for a name not offered."""
+        return self._loaded.get(self._target(model_ref))
+
     def _target(self, model_ref: str) -> str:
-        """What a name stands for: embedded/…, a directory or a hub id."""
+        """What a name stands for: embedded/…, the absolute path of a directory, or a hub id."""
         if model_ref in self._params.models:
-            return self._params.models[model_ref]
+            return _place(self._params.models[model_ref])
         if not self._params.any_model:
             offered = ", ".join(self.names()) or "none"
             raise InvalidRequest(f"model_ref {model_ref!r} is not offered here. Offered: {offered}.")
-        return model_ref
+        return _place(model_ref)
 
 
 def load_base(name: str, params: EngineParams) -> Base:
@@ -168,6 +180,12 @@ def _placement(params: EngineParams) -> tuple[str, str]:
     if params.dtype != "auto":
         return device, params.dtype
     return device, "bfloat16" if device == "cuda" else "float32"
+
+
+def _place(target: str) -> str:
+    """The same with a directory's path absolute: it is written beside adapters, which are used from elsewhere."""
+    path = Path(target).expanduser()
+    return str(path.resolve()) if not target.startswith(OURS) and path.is_dir() else target
 
 
 def _source(name: str) -> Source:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from inft.client.accumulator import Accumulator
 from inft.client.state import ADAPTER, GRADIENT, OPTIMIZER, LearnerState, of_prefix
 from inft.training.storage import file_sha256
 from params.client import TrainingConfig
@@ -70,10 +71,10 @@ def write_checkpoint(
             _write_tensors(directory / name, tensors)
     settings = _settings(base, config)
     (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    values = dict(state.values) if include_gradients else {**state.values, "accumulated": 0, "denominator": None}
+    values = {**state.values, **({} if include_gradients else Accumulator().state()[1])}
     stored: dict[str, Any] = {
         "version": VERSION,
-        "base": {"name": config.model_ref, "fingerprint": base.fingerprint},
+        "base": {"name": base.name, "family": base.spec.name, "fingerprint": base.fingerprint},
         "config": as_mapping(config),
         "values": values,
         "info": dict(info),
@@ -152,7 +153,7 @@ def _settings(base: "Base", config: TrainingConfig) -> dict[str, Any]:
     from inft.client.adapters import adapter_settings
 
     settings = adapter_settings(config.lora, base.targets(config.lora))
-    settings.base_model_name_or_path, settings.inference_mode = config.model_ref, True
+    settings.base_model_name_or_path, settings.inference_mode = base.name, True
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.to_dict().items()}
 
 

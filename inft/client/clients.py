@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from inft.client.bases import Bases
+from inft.client.bases import Base, Bases
 from inft.client.errors import Conflict, InvalidRequest, NotFound
+from inft.client.losses.registry import resolve_loss
 from inft.client.operations import audit_entry, new_id, now
 from inft.client.residents import Residents
 from inft.client.store import ClientRow, Store
@@ -37,6 +38,14 @@ class Clients:
         """Return a client's configuration."""
         return self._configs.get(row.id) or self._configs.setdefault(row.id, training_config(row.config))
 
+    def base(self, config: TrainingConfig) -> Base:
+        """Return a client's base; the worker loads it, since a load changes torch's default dtype meanwhile."""
+        loaded = self._bases.loaded(config.model_ref)
+        if loaded is not None:
+            return loaded
+        base: Base = self._worker.call(lambda: self._bases.get(config.model_ref))
+        return base
+
     def info(self, row: ClientRow) -> Values:
         """Return a client's ClientInfo."""
         return {
@@ -48,6 +57,7 @@ class Clients:
             "created_at": row.created_at,
             "dp_enabled": row.dp_metrics is not None,
             "dp_metrics": row.dp_metrics,
+            "next_run": row.next_run,
             "next_seq": self._store.last_seq(row.id) + 1,
         }
 
@@ -72,13 +82,20 @@ class Clients:
             )
         if checked.seed is None:
             checked = replace(checked, seed=secrets.randbits(31))
-        base = self._bases.get(checked.model_ref)
+        if self._params.losses is not None:  # elsewhere a module is imported when its loss is first used
+            resolve_loss(checked.loss, allowed=self._params.losses, options=checked.loss_options)
+        base = self.base(checked)
+        if checked.dp is not None:
+            from inft.client.private import with_noise
+
+            checked = with_noise(checked)  # seconds, in which others' operations go on
         row = ClientRow(
             id=new_id("tc"),
             tenant=tenant,
             config=as_mapping(checked),
             created_at=now(),
             fingerprint=base.fingerprint,
+            placement=base.placement,
             request_id=request_id,
         )
         entry = audit_entry(tenant, "create_client", row.id, "completed", {"model_ref": checked.model_ref}, request_id)

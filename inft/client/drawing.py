@@ -17,6 +17,9 @@ from transformers import LogitsProcessor, StoppingCriteria
 from inft.client.errors import NotFinite
 from inft.client.vision import TOKENIZER
 
+UNFINISHED = "\ufffd"  # what a tokenizer writes for bytes that are no character
+MOST_BYTES = 4  # of a character
+
 
 @dataclass(kw_only=True)
 class Row:
@@ -38,9 +41,21 @@ class Row:
         self.stopped = token in self.ends or any(stop in self._tail() for stop in self.stops)
 
     def text(self) -> str:
-        """Return the completion: without special tokens, and up to where its first stop text begins."""
+        """Return the completion: without special tokens, and up to where its first stop text begins.
+
+        One that was cut in the middle of a character is without that character's bytes.
+        """
         text = text_after(self.tokenizer, self.last, self.tokens)
+        if not self.stopped and text.endswith(UNFINISHED):
+            text = self._whole_characters(text)
         return text[: min((text.find(stop) for stop in self.stops if stop in text), default=len(text))]
+
+    def _whole_characters(self, text: str) -> str:
+        # A token may hold the end of one character and the beginning of the next, so it is the text that is cut; but
+        # where tokens are single bytes, one too few makes some tokenizers spoil the whole characters before it too.
+        shorter = [text_after(self.tokenizer, self.last, self.tokens[:-count]) for count in range(1, MOST_BYTES)]
+        whole = [shortened for shortened in shorter if not shortened.endswith(UNFINISHED)]
+        return max([text.rstrip(UNFINISHED), *whole], key=len)
 
     def _tail(self) -> str:
         """The end of the text: a stop text is looked for after each token, so it ends in the newest one."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +20,21 @@ from typing import Any
 from inft.client.bases import Bases
 from inft.client.clients import Clients
 from inft.client.errors import Closed, Conflict, InternalError, InvalidRequest, NotFound, QueueFull, RateLimited
-from inft.client.operations import LOAD_STATE, SAMPLE, audit_entry, canonical, check_operation, digest, new_id, now
+from inft.client.operations import (
+    FORWARD_BACKWARD,
+    LOAD_STATE,
+    SAMPLE,
+    audit_entry,
+    canonical,
+    check_operation,
+    digest,
+    has_images,
+    new_id,
+    now,
+)
 from inft.client.residents import Residents
-from inft.client.schedule import OpenOperation, Schedule
+from inft.client.running import Running
+from inft.client.schedule import OpenOperation, Schedule, future_info
 from inft.client.store import CANCELLED, OPEN, ClientRow, OperationRow, Store
 from inft.client.worker import Worker
 from inft.training.storage import locked
@@ -46,6 +59,8 @@ class Engine:
     def __init__(self, params: EngineParams | None = None) -> None:
         self.params = params or EngineParams()
         self.directory = Path(self.params.state_dir).expanduser()
+        if find_spec("peft") is None:
+            raise UserError("the training client needs the package peft: pip install 'inft[client]'.")
         self._changed = threading.Condition(threading.RLock())
         self._closing = False
         self._deleting: set[str] = set()  # clients that are being deleted
@@ -60,8 +75,10 @@ class Engine:
             self._bases = Bases(self.params)
             self._residents = Residents(self._store, self._bases, self.directory, self.params)
             self._schedule = Schedule()
-            self._recover()
-            self._worker = Worker(self._store, self._residents, self._schedule, self._changed, self.params)
+            running = Running(self.directory)
+            opening.callback(running.close)
+            self._recover(running)
+            self._worker = Worker(self._store, self._residents, self._schedule, self._changed, self.params, running)
             self._clients = Clients(self._store, self._bases, self._residents, self._worker, self.params)
             self._resources = opening.pop_all()
         self._worker.start()
@@ -93,8 +110,12 @@ class Engine:
         else:
             logger.warning("an operation is still running: it is run again when the engine is started again.")
 
-    def _recover(self) -> None:
+    def _recover(self, running: Running) -> None:
         """Put what was accepted and has no outcome back in line."""
+        ended_in = running.left_over()
+        if ended_in is not None:
+            self._store.count_attempt(ended_in)
+            running.set(None)
         for client in self._store.clients_with_open_operations():
             self._line(client)
             for row in self._store.operations(client.id, after=client.next_run - 1, status=OPEN):
@@ -183,6 +204,8 @@ class Engine:
         self._refuse_when_closing()
         self._refuse_when_full(tenant)
         prepared = self._checked(client, kind, payload, loss)
+        if has_images(payload):
+            prepared = None  # decoded images take a thousand times their file: they are decoded again when it is run
         values = (
             {**payload, "seed": secrets.randbits(31)} if kind == SAMPLE and payload.get("seed") is None else payload
         )
@@ -209,6 +232,7 @@ class Engine:
             self._store.accept(row, audit_entry(tenant, kind, client_id, "accepted", details, request_id))
             operation = OpenOperation(row=row, tenant=tenant, prepared=prepared, loss=loss)
             self._schedule.add(operation)
+            self._schedule.try_again(client_id)
             self._changed.notify_all()
             return self._open_info(operation)
 
@@ -228,10 +252,21 @@ class Engine:
         self, client: ClientRow, kind: str, payload: Mapping[str, Any], loss: Callable[..., Any] | None
     ) -> Any:
         config = self._clients.config(client)
-        base = self._bases.get(config.model_ref)
+        base = self._clients.base(config)
         if kind == LOAD_STATE and isinstance(payload.get("artifact_id"), str):
             self.artifact(client.tenant, payload["artifact_id"])
-        return check_operation(base, config, kind, payload, loss=loss, allowed_losses=self.params.losses)
+        prepared = check_operation(base, config, kind, payload, loss=loss, allowed_losses=self.params.losses)
+        if kind == FORWARD_BACKWARD:
+            self._refuse_too_many(prepared.model_batch.batch.input_ids_BT.numel())
+        return prepared
+
+    def _refuse_too_many(self, tokens: int) -> None:
+        most = self.params.max_batch_tokens
+        if tokens > most:
+            raise InvalidRequest(
+                f"the batch has {tokens} tokens with its padding, and {most} are taken at once (max_batch_tokens): "
+                "send fewer or shorter rows in each of several forward_backwards, whose gradients add up."
+            )
 
     def _number(self, client: ClientRow, seq: int | None) -> int:
         if seq is None:
@@ -256,17 +291,25 @@ class Engine:
         client = None if row is None else self._store.client(row.client_id)
         if row is None or client is None or client.tenant != tenant:
             raise NotFound(f"there is no future {future_id!r:.80}.")
-        return _info(row, row.status)
+        return future_info(row, row.status)
 
     def wait(self, tenant: str, future_id: str, timeout: float) -> Values:
-        """Return the FutureInfo when the operation has ended, or as it is after `timeout` seconds or at closing."""
+        """Return the FutureInfo when the operation has ended, or as it is after `timeout` seconds or at closing.
+
+        Errors: NotFound; ClientUnavailable where its client cannot be brought back now; InternalError where the engine
+        has stopped.
+        """
         with self._changed:
             operation = self._schedule.get(future_id)
         if operation is not None and operation.tenant == tenant:
             operation.ended.wait(timeout)
             if operation.outcome is not None:
-                return _info(operation.outcome, operation.outcome.status)
+                return future_info(operation.outcome, operation.outcome.status)
             self._refuse_when_failed()
+            with self._changed:
+                parked = self._schedule.parked(operation.row.client_id)
+            if parked is not None:
+                raise parked
         return self.future(tenant, future_id)
 
     def cancel(self, tenant: str, future_id: str) -> bool:
@@ -291,9 +334,9 @@ class Engine:
 
     def _open_info(self, operation: OpenOperation) -> Values:
         if operation.running:
-            return _info(operation.row, "running")
+            return future_info(operation.row, "running")
         missing = self._schedule.waits_for(operation)
-        return _info(operation.row, "queued" if missing is None else "waiting", waits_for=missing)
+        return future_info(operation.row, "queued" if missing is None else "waiting", waits_for=missing)
 
     # Checkpoints, audit, health
 
@@ -353,18 +396,3 @@ class Engine:
             raise QueueFull(
                 f"{self.params.max_pending} operations are waiting: try again later.", retry_after=RETRY_AFTER_S
             )
-
-
-def _info(row: OperationRow, status: str, *, waits_for: int | None = None) -> Values:
-    return {
-        "id": row.id,
-        "client_id": row.client_id,
-        "kind": row.kind,
-        "seq": row.seq,
-        "status": status,
-        "waits_for": waits_for,
-        "created_at": row.created_at,
-        "finished_at": row.finished_at,
-        "result": row.result,
-        "error": row.error,
-    }

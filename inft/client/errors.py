@@ -110,6 +110,12 @@ class Closed(ClientError):
     code, status = "shutting_down", 503
 
 
+class ClientUnavailable(ClientError):
+    """The client cannot be brought back as it was; what was accepted is kept, and tried again."""
+
+    code, status = "client_unavailable", 503
+
+
 class StorageFull(ClientError):
     """A checkpoint could not be written; nothing half-written is left."""
 
@@ -146,6 +152,7 @@ ERRORS: Mapping[str, type[ClientError]] = {
         RateLimited,
         QueueFull,
         Closed,
+        ClientUnavailable,
         StorageFull,
         TimedOut,
         InternalError,

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from inft.client.bases import Base
@@ -17,6 +16,7 @@ from inft.client.batches import ModelBatch, model_inputs
 from inft.client.errors import InvalidRequest, NotFinite
 from inft.client.losses.inputs import LossOutput, evaluate_loss
 from inft.client.losses.registry import Loss
+from inft.training.hardware import is_out_of_memory
 from params.errors import UserError
 
 
@@ -41,9 +41,11 @@ def compute_loss(base: Base, prepared: Prepared) -> LossOutput:
     inputs = batch.loss_inputs(logits_BTV, seen[0] if seen else None)
     try:
         output = evaluate_loss(prepared.loss, inputs, name=prepared.loss_name)
-    except (UserError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:  # whatever a user's function does, also a built-in one with options of a wrong type
+        if is_out_of_memory(error):
+            raise
         raise InvalidRequest(f"loss {prepared.loss_name!r} failed: {type(error).__name__}: {error}") from error
     value = float(output.loss.detach())
     if not math.isfinite(value):

@@ -7,26 +7,29 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL.Image import Image
 
 from inft.client.errors import InvalidRequest
-from inft.data.images import ImageError, decode
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from inft.data.images import ImageError, as_rgb, decode, header_size
 
 MOST_BYTES = 16 * 1024 * 1024  # of one image file: above what cameras write
-MOST_PIXELS = 2**27  # of all images of a request together: 400 MB once decoded, which a small file can swell to
-DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+# A small file can swell to them, at 4 bytes each in memory. The families' processors read 2 million of an image at
+# most: 4 tiles of 560 x 560 (Llama 3.2), 13 of 364 x 364 (Aya).
+MOST_IMAGE_PIXELS = 2**25
+MOST_PIXELS = 2**26  # of all images of a request together
+MOST_SHOWN = 80  # characters of a path in a message
+DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9-]+=[^;,]*)*;base64,", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
     """An image in memory."""
 
-    image: "Image"  # upright 8-bit RGB
+    image: Image  # upright 8-bit RGB
 
-    def load(self) -> "Image":
+    def load(self) -> Image:
         """Return the image."""
         return self.image
 
@@ -35,7 +38,8 @@ def decode_images(images: Any, *, rows: int) -> list[DecodedImage | None]:
     """Return the image of each row, None where the row has null.
 
     Errors: InvalidRequest, with the row, for another number of images than rows, what is no base64 text, and a file
-    that is damaged, of no known kind or too large.
+    that is damaged, of no known kind or too large. The sizes are those of the headers, so that nothing that is too
+    large is decoded.
     """
     if not isinstance(images, Sequence) or isinstance(images, str):
         raise InvalidRequest("images: expected a list with a base64 text or null for each row.")
@@ -44,35 +48,34 @@ def decode_images(images: Any, *, rows: int) -> list[DecodedImage | None]:
     decoded: list[DecodedImage | None] = []
     pixels = 0
     for row, text in enumerate(images):
-        found = None if text is None else _decoded(text, row)
-        decoded.append(found)
-        pixels += 0 if found is None else found.image.width * found.image.height
+        if text is None:
+            decoded.append(None)
+            continue
+        content = _content(text, row)
+        pixels += _pixels(content, row)
         if pixels > MOST_PIXELS:
             raise InvalidRequest(
                 f"images: rows 0 to {row} have {pixels} pixels, more than the {MOST_PIXELS} that a request may have: "
                 "make the images smaller or send fewer rows.",
                 row=row,
             )
+        decoded.append(_decoded(content, row))
     return decoded
 
 
-def encode_image(image: "Image | bytes | str | Path") -> str:
+def encode_image(image: Image | bytes | str | Path) -> str:
     """Return the base64 text of an image: one of Pillow as PNG, the bytes of an image file, or a file by its path.
 
-    The file is read here, by whoever calls this; nothing that receives the text opens a path.
-    Errors: InvalidRequest for a file that cannot be read, and one above MOST_BYTES.
+    One of Pillow is turned as its EXIF says and laid on white, as its file would be. A file is read here, by whoever
+    calls this; nothing that receives the text opens a path.
+    Errors: InvalidRequest for what cannot be read or is no picture, and for a file above MOST_BYTES.
     """
     if isinstance(image, str | Path):
-        try:
-            content = Path(image).expanduser().read_bytes()
-        except OSError as error:
-            raise InvalidRequest(f"image {image}: {error.strerror or error}: give an image file.") from error
+        content = _file_content(image)
     elif isinstance(image, bytes):
         content = image
-    elif callable(save := getattr(image, "save", None)):
-        buffer = io.BytesIO()
-        save(buffer, format="PNG")
-        content = buffer.getvalue()
+    elif isinstance(image, Image):
+        content = _png(image)
     else:
         raise InvalidRequest(f"an image is a PIL image, bytes or a path, not {type(image).__name__}.")
     if len(content) > MOST_BYTES:
@@ -82,17 +85,52 @@ def encode_image(image: "Image | bytes | str | Path") -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def _decoded(text: Any, row: int) -> DecodedImage:
+def _file_content(path: str | Path) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in it; RuntimeError: ~ of nobody
+        said = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"image {str(path)!r:.{MOST_SHOWN}}: {said}: give an image file.") from error
+
+
+def _png(image: Image) -> bytes:
+    try:
+        upright = as_rgb(image)
+    except ImageError as error:
+        raise InvalidRequest(f"the image of mode {image.mode} {error}: convert it to RGB.") from error
+    buffer = io.BytesIO()
+    upright.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _content(text: Any, row: int) -> bytes:
+    """The bytes of an image file that a base64 text or a data URL holds."""
     if not isinstance(text, str):
         raise InvalidRequest(f"images: row {row} is {type(text).__name__}: give the base64 text of a file.", row=row)
-    prefix = DATA_URL.match(text)
-    body = text[prefix.end() :] if prefix else text
+    plain = "".join(text.split())
+    prefix = DATA_URL.match(plain)
+    body = plain[prefix.end() :] if prefix else plain
     if len(body) > MOST_BYTES * 4 // 3 + 4:
         raise InvalidRequest(f"images: row {row} has more than the {MOST_BYTES} bytes allowed: shrink it.", row=row)
     try:
-        content = base64.b64decode("".join(body.split()), validate=True)
+        return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidRequest(f"images: row {row} is no base64 text ({error}): encode the file.", row=row) from error
+
+
+def _pixels(content: bytes, row: int) -> int:
+    """What the header says; 0 where it says nothing, which decoding gives the reason of."""
+    width, height = header_size(io.BytesIO(content)) or (0, 0)
+    if width * height > MOST_IMAGE_PIXELS:
+        raise InvalidRequest(
+            f"images: row {row} has {width} x {height} pixels, more than the {MOST_IMAGE_PIXELS} that an image may "
+            "have: make it smaller.",
+            row=row,
+        )
+    return width * height
+
+
+def _decoded(content: bytes, row: int) -> DecodedImage:
     try:
         return DecodedImage(image=decode(io.BytesIO(content)))
     except ImageError as error:

@@ -109,6 +109,7 @@ class Learner:
         self._parameters = base.add_adapter(name, config.lora, seed=config.seed, private=dp is not None)
         self._optimizer = make_optimizer(config.optimizer, self._parameters)
         self._clipping: PerExample | None = None
+        self.half_way = False  # an optimizer step began and did not end: what is in memory is not to be used
 
     def forward_backward(self, prepared: Prepared) -> dict[str, Any]:
         """Add the gradient of a batch to what is accumulated; return the loss and what came with it.
@@ -134,19 +135,21 @@ class Learner:
 
     def _add_plain(self, prepared: Prepared) -> LossOutput:
         output = compute_loss(self.base, prepared)
-        self._gradient.check(output.denominator)
+        self._gradient.check(output.denominator, output.unit)
         found = torch.autograd.grad(output.loss, list(self._parameters.values()), allow_unused=True)
         # An adapter that a batch does not reach, such as a vision tower's, has no gradient, as in a plain loop.
         gradients = {key: g for key, g in zip(self._parameters, found, strict=True) if g is not None}
         norm = total_norm(gradients.values())
         if not math.isfinite(norm):
             raise NotFinite("the gradient is not finite: lower the learning rate, or look at the batch.")
-        self._gradient.add(gradients, output.denominator, norm=norm)
+        rows = prepared.model_batch.batch.rows
+        self._gradient.add(gradients, output.denominator, output.unit, rows=rows, norm=norm)
         return output
 
     def _add_clipped(self, prepared: Prepared, private: PrivateSteps) -> tuple[LossOutput, dict[str, Any]]:
         parameters = list(self._parameters.values())
-        clip_norm = private.dp.max_grad_norm
+        clip_norm, rows = private.dp.max_grad_norm, prepared.model_batch.batch.rows
+        private.check_rows(self._gradient.rows + rows)
         if self._clipping is None:
             self._clipping = PerExample(self.base.model, parameters, clip_norm=clip_norm)
         try:
@@ -159,7 +162,8 @@ class Learner:
                     )
                 norms_B = clipping.backward(output.per_example_B)
             # Clipped rows are summed, whatever their losses were divided by.
-            self._gradient.add({key: p.grad for key, p in self._parameters.items() if p.grad is not None}, None)
+            found = {key: p.grad for key, p in self._parameters.items() if p.grad is not None}
+            self._gradient.add(found, None, rows=rows)
         except NonFiniteGradient as error:
             raise NotFinite(str(error)) from error
         finally:
@@ -201,6 +205,7 @@ class Learner:
     def _take_step(self, rate: float, *, noise: bool) -> float:
         """Apply the accumulated gradient; return its norm before it was cut to max_grad_norm."""
         parameters, gradient, norm = list(self._parameters.values()), self._gradient.gradient(), self._gradient.norm()
+        self.half_way = True
         for key, parameter in self._parameters.items():
             parameter.grad = gradient.get(key)
         try:
@@ -223,6 +228,7 @@ class Learner:
             self._private.spend(noise=noise)
         if not math.isfinite(total_norm(parameter.detach() for parameter in parameters)):
             raise NotFinite("the step made weights that are not finite: load a checkpoint and lower the learning rate.")
+        self.half_way = False
         return norm
 
     def sample(self, request: "SampleRequest", *, seed: int) -> dict[str, Any]:

@@ -83,10 +83,21 @@ def _words(kinds: tuple[type, ...]) -> str:
     return " or ".join(names[kind] for kind in kinds if kind in names)
 
 
+def has_images(payload: Mapping[str, Any]) -> bool:
+    """Whether images are sent with a batch or with prompts."""
+    batch = payload.get("batch")
+    return bool(payload.get("images")) or (isinstance(batch, Mapping) and "images" in batch)
+
+
 def canonical(payload: Mapping[str, Any]) -> str:
     """Return the payload as JSON with sorted keys; InvalidRequest for what JSON cannot hold, NaN included."""
     try:
-        return audit.canonical(payload)
+        text = audit.canonical(payload)
+        if "\\ud" in text:  # half of a character's pair, maybe: no UTF-8 has it
+            json.dumps(payload, ensure_ascii=False).encode()
+        return text
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("the payload holds half a surrogate pair, which is no text: mend it.") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(
             f"the payload is not plain JSON: {error}. Give lists, texts and finite numbers."
@@ -95,7 +106,7 @@ def canonical(payload: Mapping[str, Any]) -> str:
 
 def digest(kind: str, text: str, loss: Callable[..., Any] | None = None) -> str:
     """Return the sha256 by which a repeated request is known: of the kind, the canonical payload, and a function."""
-    function = "" if loss is None else f"{loss.__module__}:{getattr(loss, '__qualname__', type(loss).__qualname__)}"
+    function = "" if loss is None else str(id(loss))  # a function is known in its own process alone
     return hashlib.sha256(f"{kind}\n{function}\n{text}".encode()).hexdigest()
 
 

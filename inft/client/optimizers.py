@@ -58,7 +58,7 @@ def read_optimizer(
         field, _, key = name.partition(".")
         if field not in fields or key not in parameters:
             raise UserError(f"the stored optimizer has {name}, which {config.name} has not here: it is of another one.")
-        check_like(name, tensor, torch.zeros(()) if field == "step" else parameters[key])
+        check_like(name, tensor, torch.zeros((), dtype=torch.float32) if field == "step" else parameters[key])
         states.setdefault(key, {})[field] = tensor
     for key, state in states.items():
         if set(state) != set(fields):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from inft.client.errors import InvalidRequest
 from inft.client.privacy.accountant import Accountant
 from inft.client.privacy.calibrate import calibrate_noise, check_budget
 from inft.client.privacy.noise import NoiseSource, add_noise
@@ -79,13 +80,23 @@ class PrivateSteps:
 
     def check(self, *, noise: bool) -> None:
         """Raise BudgetExhausted where a step, with noise or without, would bring ε above the target."""
+        if self.dp.target_epsilon is None:
+            return
         budget = StepBudget(
-            target_epsilon=math.inf if self.dp.target_epsilon is None else self.dp.target_epsilon,
+            target_epsilon=self.dp.target_epsilon,
             delta=self.dp.target_delta,
             noise_multiplier=self.noise_multiplier if noise else 0.0,
             sample_rate=self.sample_rate,
         )
         check_budget(self._accountant, budget)
+
+    def check_rows(self, rows: int) -> None:
+        """Raise InvalidRequest for more rows in one step than there are: ε holds where each is in it at most once."""
+        if rows > self.dp.dataset_size:
+            raise InvalidRequest(
+                f"that would be {rows} rows since the last step, and dp_config.dataset_size is {self.dp.dataset_size}: "
+                "a row may be in a step once at the most. Take an optim_step, or mend dataset_size."
+            )
 
     def add_noise(self, parameters: Iterable[nn.Parameter], *, noise: bool) -> None:
         """Make `.grad`, the sum of clipped gradients, the mean that the step takes."""
@@ -111,9 +122,9 @@ class PrivateSteps:
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": self.sample_rate,
             "max_grad_norm": self.dp.max_grad_norm,
-            "accountant": self.dp.accountant,
+            "accountant": self._accountant.bound,
             "steps": self._accountant.steps,
-            "private": self._source.private,
+            "private": self._source.private and math.isfinite(self._spent),
         }
 
     def state(self) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 
 from inft.client.bases import Bases
 from inft.client.checkpoints import Checkpoint, check_fits, read_checkpoint, write_checkpoint
-from inft.client.errors import Conflict, InternalError
+from inft.client.errors import ClientError, ClientUnavailable, Conflict, InternalError, InvalidRequest
 from inft.client.learner import Learner
 from inft.client.operations import CHANGING, FORWARD_BACKWARD, LOAD_STATE, OPTIM_STEP, check_operation
 from inft.client.store import COMPLETED, ClientRow, OperationRow, Store
-from inft.training.storage import remove_leftovers, staged
+from inft.training.storage import remove, remove_leftovers, staged
 from params.client import EngineParams
 from params.client_resolve import training_config
 from params.errors import UserError
@@ -59,11 +59,14 @@ class Residents:
         return len(self._residents)
 
     def _remove_unused(self) -> None:
-        """Remove snapshots that no client stands on: their commit never came, so nothing of them was told."""
-        used = self._store.snapshots()
-        for path in self._snapshots.iterdir():
-            if path.name not in used:
-                shutil.rmtree(path)
+        """Remove snapshots and checkpoints that no record names: their commit never came, nothing of them was told."""
+        for folder, used in (
+            (self._snapshots, self._store.snapshots()),
+            (self._artifacts, self._store.wanted_artifacts()),
+        ):
+            for path in folder.iterdir():
+                if path.name not in used:
+                    remove(path)
 
     def artifact_path(self, artifact_id: str) -> Path:
         """Where a checkpoint of that id, which is one of ours, lies."""
@@ -81,7 +84,14 @@ class Residents:
         found = self._residents.get(row.id)
         if found is None:
             self._make_room(busy)
-            found = self._brought_back(row)
+            try:
+                found = self._brought_back(row)
+            except UserError as error:
+                raise ClientUnavailable(
+                    f"the client cannot be brought back as it was: {error} Its operations are kept, and tried again at "
+                    "the next request or start. To be rid of it, cancel them and delete it; its checkpoints stay.",
+                    client_id=row.id,
+                ) from error
             self._residents[row.id] = found
         self._residents.move_to_end(row.id)
         return found
@@ -136,11 +146,19 @@ class Residents:
         self.stands_on(client_id, columns["snapshot"])
 
     def _make_room(self, busy: Callable[[str], bool]) -> None:
-        while len(self._residents) >= self._params.max_resident_clients:
-            idle = next((client_id for client_id in self._residents if not busy(client_id)), None)
-            client_id = idle if idle is not None else next(iter(self._residents))
-            self._store_away(client_id)
+        surplus = len(self._residents) - self._params.max_resident_clients + 1
+        idle_first = sorted(self._residents, key=busy)  # stable: within both, the one used longest ago first
+        for client_id in idle_first:
+            if surplus <= 0:
+                return
+            try:
+                self._store_away(client_id)
+            except (ClientError, UserError, OSError) as error:
+                # Another client's operation is not to fail of it: more than the limit are kept for the time being.
+                logger.warning("client %s could not be put away: %s", client_id, error)
+                continue
             self.drop(client_id)
+            surplus -= 1
 
     def _base(self, row: ClientRow) -> Any:
         return self._bases.get(str(row.config["model_ref"]))
@@ -152,6 +170,16 @@ class Residents:
                 f"the weights of {row.config['model_ref']} are not those that client {row.id} was made on: put the "
                 "earlier ones back, or start a new client."
             )
+        again = [
+            operation
+            for operation in self._store.operations(row.id, after=row.snapshot_seq, status=COMPLETED)
+            if operation.kind in CHANGING
+        ]
+        if again and row.placement not in (None, base.placement):
+            raise Conflict(
+                f"its last operations ran on {row.placement}, and here they would run on {base.placement} with other "
+                "results: start the engine once as it was, and close it."
+            )
         learner = Learner(base, row.id, training_config(row.config))
         try:
             if row.snapshot is not None:
@@ -159,9 +187,8 @@ class Residents:
             resident = Resident(
                 learner=learner, applied=row.snapshot_seq, snapshot=row.snapshot, snapshot_step=learner.step
             )
-            for operation in self._store.operations(row.id, after=row.snapshot_seq, status=COMPLETED):
-                if operation.kind in CHANGING:
-                    self._run_again(learner, operation)
+            for operation in again:
+                self._run_again(learner, operation)
                 resident.applied = operation.seq
         except BaseException:
             learner.close()
@@ -174,8 +201,7 @@ class Residents:
             check_fits(checkpoint, learner.base, learner.config)
         except UserError as error:
             raise InternalError(
-                f"the client's stored state is damaged: {error} Make a new client and load_state a checkpoint.",
-                type="DamagedSnapshot",
+                f"its stored state is damaged: {self.without_place(error)}", type="DamagedSnapshot"
             ) from error
         return checkpoint
 
@@ -188,18 +214,29 @@ class Residents:
             prepared = check_operation(
                 learner.base, learner.config, operation.kind, payload, allowed_losses=self._params.losses
             )
-            _compare(operation, learner.forward_backward(prepared), "loss")
+            _compare(operation, learner.forward_backward(prepared), "loss", "grad_norm")
         elif operation.kind == OPTIM_STEP:
-            _compare(operation, learner.optim_step(payload), "step")
+            _compare(operation, learner.optim_step(payload), "step", "grad_norm")
         elif operation.kind == LOAD_STATE:
             self.load(learner, operation)
 
     def load(self, learner: Learner, operation: OperationRow) -> None:
         """Load the checkpoint that an operation names into a learner."""
         artifact_id = str((operation.payload or {})["artifact_id"])
-        checkpoint = read_checkpoint(self.artifact_path(artifact_id))
+        try:
+            checkpoint = read_checkpoint(self.artifact_path(artifact_id))
+        except UserError as error:
+            raise InvalidRequest(self.without_place(error)) from error
         check_fits(checkpoint, learner.base, learner.config)
         learner.load(checkpoint.state, keep_privacy=checkpoint.info.get("client_id") == operation.client_id)
+
+    def without_place(self, error: Exception) -> str:
+        """Return an error's text without the directory that the service keeps its state in."""
+        text = str(error)
+        for folder in (self._snapshots, self._artifacts):
+            for path in (folder.resolve(), folder):
+                text = text.replace(f"{path}/", "")
+        return text
 
     def save(self, resident: Resident, operation: OperationRow, artifact_id: str) -> dict[str, Any]:
         """Write a checkpoint, or find the one that a killed process wrote for this operation; return its figures."""
@@ -226,14 +263,15 @@ class Residents:
         return {"size_bytes": size, "content_hash": read_checkpoint(final).content_hash, "step": learner.step}
 
 
-def _compare(operation: OperationRow, result: Mapping[str, Any], name: str) -> None:
-    before = (operation.result or {}).get(name)
-    if before != result[name]:
-        logger.warning(
-            "client %s: operation %d gave %s %r before and %r when run again: this machine computes otherwise.",
-            operation.client_id,
-            operation.seq,
-            name,
-            before,
-            result[name],
-        )
+def _compare(operation: OperationRow, result: Mapping[str, Any], *names: str) -> None:
+    before = operation.result or {}
+    for name in names:
+        if before.get(name) != result[name]:
+            logger.warning(
+                "client %s: operation %d gave %s %r before and %r when run again: this machine computes otherwise.",
+                operation.client_id,
+                operation.seq,
+                name,
+                before.get(name),
+                result[name],
+            )

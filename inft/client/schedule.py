@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from inft.client.errors import ClientError
 from inft.client.store import OperationRow
 
 
@@ -37,6 +38,7 @@ class Line:
     next_run: int  # every smaller number is done
     open: dict[int, OpenOperation] = field(default_factory=dict)
     skipped: set[int] = field(default_factory=set)  # cancelled numbers from next_run on
+    parked: ClientError | None = None  # why the client cannot be brought back: nothing of it runs until it is tried
 
     def advance(self) -> None:
         """Pass the numbers that were cancelled."""
@@ -96,7 +98,7 @@ class Schedule:
         for client_id in self._turns:
             line = self._lines[client_id]
             operation = line.open.get(line.next_run)
-            if operation is not None and not operation.running:
+            if operation is not None and not operation.running and line.parked is None:
                 operation.running = True
                 self._turns.move_to_end(client_id)
                 return operation
@@ -105,6 +107,28 @@ class Schedule:
     def give_back(self, operation: OpenOperation) -> None:
         """Make a taken operation wait again."""
         operation.running = False
+
+    def park(self, operation: OpenOperation, reason: ClientError) -> None:
+        """Let a client's operations wait, the taken one too, and wake who waits for them: they are told the reason."""
+        self.give_back(operation)
+        line = self._lines[operation.row.client_id]
+        line.parked = reason
+        for waiting in line.open.values():
+            waiting.ended.set()
+
+    def try_again(self, client_id: str) -> None:
+        """Let a parked client's operations run again."""
+        line = self._lines.get(client_id)
+        if line is None or line.parked is None:
+            return
+        line.parked = None
+        for waiting in line.open.values():
+            waiting.ended.clear()
+
+    def parked(self, client_id: str) -> ClientError | None:
+        """Why a client's operations wait; None where they do not."""
+        line = self._lines.get(client_id)
+        return None if line is None else line.parked
 
     def done(self, operation: OpenOperation) -> None:
         """Take the operation that ran out of its line."""
@@ -136,3 +160,19 @@ class Schedule:
         line = self._lines[operation.row.client_id]
         earlier = range(line.next_run, operation.row.seq)
         return next((seq for seq in earlier if seq not in line.open and seq not in line.skipped), None)
+
+
+def future_info(row: OperationRow, status: str, *, waits_for: int | None = None) -> dict[str, Any]:
+    """Return the FutureInfo of an operation; `waits_for` is the first number before it that has not arrived."""
+    return {
+        "id": row.id,
+        "client_id": row.client_id,
+        "kind": row.kind,
+        "seq": row.seq,
+        "status": status,
+        "waits_for": waits_for,
+        "created_at": row.created_at,
+        "finished_at": row.finished_at,
+        "result": row.result,
+        "error": row.error,
+    }

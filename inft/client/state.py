@@ -17,7 +17,7 @@ class LearnerState:
     """The state of one client between two operations; training goes on from it bit by bit."""
 
     tensors: Mapping[str, Tensor]  # on the CPU: adapter.KEY, optimizer.FIELD.KEY, gradient.KEY
-    values: Mapping[str, Any]  # step, passes, accumulated, denominator, private
+    values: Mapping[str, Any]  # step, passes, accumulated, rows, denominator, unit, private
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,12 +31,14 @@ CREATE TABLE IF NOT EXISTS clients (
     dp_metrics TEXT,
     next_run INTEGER NOT NULL DEFAULT 1,     -- every smaller number is done
     snapshot TEXT, snapshot_seq INTEGER NOT NULL DEFAULT 0,
+    placement TEXT,                          -- where it was computed: what is run again there is bit-equal
     request_id TEXT, UNIQUE (tenant, request_id));
 CREATE INDEX IF NOT EXISTS clients_of_tenant ON clients (tenant);
 CREATE TABLE IF NOT EXISTS operations (
     id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients, seq INTEGER NOT NULL, kind TEXT NOT NULL,
     payload TEXT,                            -- NULL once a snapshot holds what it did
     digest TEXT NOT NULL, volatile INTEGER NOT NULL, created_at TEXT NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,     -- starts of the engine that ended while it ran
     status TEXT NOT NULL DEFAULT 'open', finished_at TEXT, result TEXT, error TEXT, UNIQUE (client_id, seq));
 CREATE INDEX IF NOT EXISTS open_operations ON operations (status) WHERE status = 'open';
 CREATE TABLE IF NOT EXISTS artifacts (
@@ -61,6 +63,7 @@ class ClientRow:
     next_run: int = 1
     snapshot: str | None = None
     snapshot_seq: int = 0
+    placement: str | None = None  # device, dtype and quantisation of the base
     request_id: str | None = None  # of the request that made it: known when it comes again
 
 
@@ -76,6 +79,7 @@ class OperationRow:
     digest: str  # sha256 of the payload as it was sent
     volatile: bool  # a part of it lives in this process alone: it cannot be run again after a crash
     created_at: str
+    attempts: int = 0  # processes that ended while it ran
     status: str = OPEN
     finished_at: str | None = None
     result: dict[str, Any] | None = None
@@ -88,6 +92,7 @@ class Store:
     def __init__(self, directory: Path, *, durable: bool) -> None:
         self._lock = threading.RLock()
         self._closed = False
+        self._durable = durable
         try:
             self._db = sqlite3.connect(directory / DATABASE, check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
@@ -111,8 +116,11 @@ class Store:
             self._db.execute(f"PRAGMA user_version = {VERSION}")
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, *, safely: bool = False) -> Iterator[None]:
+        """One transaction; `safely` waits for the disk, as what is removed after it cannot be brought back."""
         with self._reading():
+            if safely and not self._durable:
+                self._db.execute("PRAGMA synchronous = FULL")
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 yield
@@ -123,6 +131,9 @@ class Store:
                 if isinstance(error, sqlite3.OperationalError):
                     raise StorageFull(f"the log could not be written ({error}): free space in state_dir.") from error
                 raise
+            finally:
+                if safely and not self._durable:
+                    self._db.execute("PRAGMA synchronous = NORMAL")
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -144,8 +155,8 @@ class Store:
         """Record a client and its audit entry."""
         with self._writing():
             self._db.execute(
-                "INSERT INTO clients (id, tenant, config, created_at, fingerprint, dp_metrics, request_id) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO clients (id, tenant, config, created_at, fingerprint, dp_metrics, placement, request_id) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     row.id,
                     row.tenant,
@@ -153,6 +164,7 @@ class Store:
                     row.created_at,
                     row.fingerprint,
                     _json_or_none(row.dp_metrics),
+                    row.placement,
                     row.request_id,
                 ),
             )
@@ -208,6 +220,12 @@ class Store:
             )
             audit.append(self._db, **entry)
 
+    def count_attempt(self, operation_id: str) -> None:
+        """Take note that a process ended while an open operation ran."""
+        with self._writing():
+            query = "UPDATE operations SET attempts = attempts + 1 WHERE id = ? AND status = 'open'"
+            self._db.execute(query, (operation_id,))
+
     def finish(
         self,
         row: OperationRow,
@@ -220,7 +238,7 @@ class Store:
 
         `client` are columns of the client to set; with a snapshot the payloads that it covers are dropped.
         """
-        with self._writing():
+        with self._writing(safely="snapshot" in client):
             self._db.execute(
                 "UPDATE operations SET status = ?, finished_at = ?, result = ?, error = ? WHERE id = ?",
                 (row.status, row.finished_at, _json_or_none(row.result), _json_or_none(row.error), row.id),
@@ -235,7 +253,7 @@ class Store:
 
     def set_client(self, client_id: str, columns: Mapping[str, Any]) -> None:
         """Set columns of a client."""
-        with self._writing():
+        with self._writing(safely="snapshot" in columns):
             self._set_client(client_id, columns)
 
     def _set_client(self, client_id: str, columns: Mapping[str, Any]) -> None:
@@ -274,6 +292,14 @@ class Store:
             rows = self._db.execute(f"{query} ORDER BY seq", values).fetchall()
         return [_operation(row) for row in rows]
 
+    def last_change(self, client_id: str, before: int) -> OperationRow | None:
+        """Return the last operation under a number that ran or failed to, of those that make up a step; or None."""
+        return self._operation(
+            "client_id = ? AND seq < ? AND kind IN ('forward_backward', 'optim_step', 'load_state') "
+            "AND status IN ('completed', 'failed') ORDER BY seq DESC LIMIT 1",
+            (client_id, before),
+        )
+
     def last_seq(self, client_id: str) -> int:
         """Return a client's largest number, 0 without any operation."""
         with self._reading():
@@ -301,10 +327,11 @@ class Store:
             row = self._db.execute("SELECT * FROM artifacts WHERE id = ?", (artifact_id,)).fetchone()
         return None if row is None else {**dict(row), "metadata": json.loads(row["metadata"])}
 
-    def artifact_ids(self) -> set[str]:
-        """Return the ids of all checkpoints."""
+    def wanted_artifacts(self) -> set[str]:
+        """Return the ids of all checkpoints, and of those that an open operation is to write."""
+        query = "SELECT id FROM artifacts UNION SELECT 'art-' || substr(id, 5) FROM operations WHERE status = 'open'"
         with self._reading():
-            return {row[0] for row in self._db.execute("SELECT id FROM artifacts").fetchall()}
+            return {row[0] for row in self._db.execute(query).fetchall()}
 
     def audit(self, entry: Mapping[str, Any]) -> None:
         """Append an audit entry."""
@@ -337,7 +364,7 @@ def _column(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, separators=(",", ":"))  # ASCII: a lone surrogate in an error's text is no UTF-8
 
 
 def _json_or_none(value: Any) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from inft.client.errors import (
     ClientError,
     ClientPoisoned,
+    ClientUnavailable,
     Closed,
     InternalError,
     InvalidRequest,
@@ -29,14 +30,18 @@ from inft.client.operations import (
     now,
 )
 from inft.client.residents import Resident, Residents
+from inft.client.running import Running
 from inft.client.schedule import OpenOperation, Schedule
 from inft.client.store import COMPLETED, FAILED, ClientRow, OperationRow, Store
+from inft.training.hardware import is_out_of_memory
 from inft.training.storage import disk_trouble
 from params.client import EngineParams
 from params.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+OPERATIONS_A_STEP = 4  # as many operations without a step count as one, for the interval between snapshots
+MOST_ATTEMPTS = 5  # processes that an operation may end before it is given up, so that the others can run
 RETRY_S = 1.0  # pause before an outcome that the disk did not take is tried again
 
 
@@ -53,9 +58,15 @@ class Worker:
     """Runs what the schedule gives; `changed` guards the schedule and wakes both sides."""
 
     def __init__(
-        self, store: Store, residents: Residents, schedule: Schedule, changed: threading.Condition, params: EngineParams
+        self,
+        store: Store,
+        residents: Residents,
+        schedule: Schedule,
+        changed: threading.Condition,
+        params: EngineParams,
+        running: Running,
     ) -> None:
-        self._store, self._residents, self._schedule = store, residents, schedule
+        self._store, self._residents, self._schedule, self._running = store, residents, schedule, running
         self._changed, self._params = changed, params
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._stopping = False
@@ -125,20 +136,38 @@ class Worker:
             # The log holds everything that the snapshots would have spared running again.
             logger.warning("clients could not be stored at the end: %s", error)
 
+    def _recorded(self, outcome: Outcome, entry: Mapping[str, Any]) -> bool:
+        """Whether the log has taken the outcome; not so while the disk is full."""
+        try:
+            self._store.finish(outcome.row, entry, client=outcome.client, artifact=outcome.artifact)
+        except StorageFull as error:
+            logger.warning("the outcome of operation %d waits for the disk: %s", outcome.row.seq, error)
+            return False
+        return True
+
     def _run(self, operation: OpenOperation) -> None:
-        outcome = self._outcome(operation)
+        self._running.set(operation.row.id)
+        try:
+            self._run_and_record(operation)
+        finally:
+            self._running.set(None)
+
+    def _run_and_record(self, operation: OpenOperation) -> None:
+        try:
+            outcome = self._outcome(operation)
+        except ClientUnavailable as error:
+            logger.warning("client %s waits: %s", operation.row.client_id, error)
+            with self._changed:
+                self._schedule.park(operation, error)
+            return
         row = outcome.row
         details = {"seq": row.seq, **({"error": row.error["code"]} if row.error else {})}
         entry = audit_entry(operation.tenant, row.kind, row.client_id, row.status, details, None)
-        try:
-            self._store.finish(row, entry, client=outcome.client, artifact=outcome.artifact)
-        except StorageFull as error:
-            logger.warning("operation %d of %s runs again: %s", row.seq, row.client_id, error)
-            self._residents.drop(row.client_id)
+        while not self._recorded(outcome, entry):
             with self._changed:
-                self._schedule.give_back(operation)
-                self._changed.wait(RETRY_S)
-            return
+                if self._changed.wait_for(lambda: self._stopping, RETRY_S):
+                    self._residents.drop(row.client_id)  # it runs again at the next start
+                    return
         if "snapshot" in outcome.client:
             self._residents.stands_on(row.client_id, outcome.client["snapshot"])
         with self._changed:
@@ -151,26 +180,46 @@ class Worker:
         client = self._store.client(row.client_id)
         assert client is not None, row.client_id
         columns: dict[str, Any] = {"next_run": row.seq + 1}
+        resident = None
         try:
+            _refuse_deadly(row)
             _refuse_poisoned(client, row)
+            self._refuse_half_a_batch(client, row)
             resident = self._resident(client, row)
             result, artifact = self._perform(resident, operation)
             resident.applied = row.seq
             columns |= _columns(resident.learner, row)
-            if self._needs_snapshot(resident, row, result):
+            if self._needs_snapshot(resident, client, row, result):
                 columns |= self._snapshot(resident, row, result)
-        except Exception as error:  # noqa: BLE001 - whatever it was, it is the operation's outcome
-            return self._failed(row, error, columns)
+        except ClientUnavailable:
+            raise
+        except (Exception, SystemExit) as error:
+            if _is_of_the_device(error):
+                raise
+            return self._failed(row, error, resident)
         finished = replace(row, status=COMPLETED, finished_at=now(), result=result)
         return Outcome(row=finished, client=columns, artifact=artifact)
 
-    def _failed(self, row: OperationRow, error: Exception, columns: dict[str, Any]) -> Outcome:
+    def _refuse_half_a_batch(self, client: ClientRow, row: OperationRow) -> None:
+        """Refuse a private step after a forward_backward that failed: it would spend the budget on noise alone."""
+        if row.kind != OPTIM_STEP or client.dp_metrics is None:
+            return
+        before = self._store.last_change(row.client_id, row.seq)
+        if before is not None and before.kind == FORWARD_BACKWARD and before.status == FAILED:
+            raise InvalidRequest(
+                f"forward_backward number {before.seq} failed, so its rows are not in this step, which would spend "
+                "privacy without them. Send them again and then optim_step; or optim_step once more, for a step "
+                "without them."
+            )
+
+    def _failed(self, row: OperationRow, error: BaseException, resident: Resident | None) -> Outcome:
         told = _told(error)
+        columns: dict[str, Any] = {"next_run": row.seq + 1}
         if isinstance(told, NotFinite):
             columns |= {"status": "poisoned", "reason": f"operation {row.seq} ({row.kind}): {told}"}
         if isinstance(told, InternalError | StorageFull):
             logger.warning("operation %d of %s failed", row.seq, row.client_id, exc_info=error)
-        if isinstance(told, InternalError | StorageFull | NotFinite):
+        if isinstance(told, InternalError | StorageFull | NotFinite) or (resident and resident.learner.half_way):
             self._residents.drop(row.client_id)  # it may have ended half way: what is stored is whole
         return Outcome(row=replace(row, status=FAILED, finished_at=now(), error=told.as_dict()), client=columns)
 
@@ -185,7 +234,7 @@ class Worker:
                 "the loss was a function of a process that has ended, so this cannot be run: send it again."
             )
         prepared = operation.prepared
-        if prepared is None:
+        if prepared is None and row.kind != LOAD_STATE:
             prepared = check_operation(
                 learner.base, learner.config, row.kind, payload, loss=operation.loss, allowed_losses=self._params.losses
             )
@@ -206,13 +255,17 @@ class Worker:
         try:
             figures = self._residents.save(resident, row, artifact_id)
         except UserError as error:
-            raise StorageFull(str(error)) from error
+            raise StorageFull(self._residents.without_place(error)) from error
         record = {"id": artifact_id, "tenant": operation.tenant, "client_id": row.client_id, **figures}
         record |= {"created_at": row.created_at, "metadata": dict((row.payload or {}).get("metadata") or {})}
         return {"artifact_id": artifact_id, **figures, "created_at": row.created_at}, record
 
-    def _needs_snapshot(self, resident: Resident, row: OperationRow, result: Mapping[str, Any]) -> bool:
+    def _needs_snapshot(
+        self, resident: Resident, client: ClientRow, row: OperationRow, result: Mapping[str, Any]
+    ) -> bool:
         if row.volatile or row.kind == LOAD_STATE:
+            return True
+        if row.seq - client.snapshot_seq >= self._params.snapshot_steps * OPERATIONS_A_STEP:
             return True
         if row.kind != OPTIM_STEP or not result["applied"]:
             return False
@@ -225,7 +278,7 @@ class Worker:
             return self._residents.snapshot(row.client_id, row.seq)
         except UserError as error:
             if row.volatile or resident.learner.config.dp is not None:
-                raise StorageFull(str(error)) from error
+                raise StorageFull(self._residents.without_place(error)) from error
             logger.warning("no snapshot of %s: %s", row.client_id, error)  # the log is kept until there is one
             return {}
 
@@ -238,14 +291,24 @@ def artifact_of(row: OperationRow) -> str:
 def _answer(function: Callable[[], Any], future: "Future[Any]") -> None:
     try:
         future.set_result(function())
-    except Exception as error:  # noqa: BLE001 - raised where the call was made
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - raised where the call was made
         future.set_exception(error)
 
 
+def _refuse_deadly(row: OperationRow) -> None:
+    if row.attempts >= MOST_ATTEMPTS:
+        raise InternalError(
+            f"the process has ended {row.attempts} times while this ran, so it is not tried again: send fewer or "
+            "shorter rows, should memory be the reason.",
+            attempts=row.attempts,
+        )
+
+
 def _refuse_poisoned(client: ClientRow, row: OperationRow) -> None:
-    if client.status == "poisoned" and row.kind != LOAD_STATE:
+    if client.status == "poisoned" and row.kind in (FORWARD_BACKWARD, OPTIM_STEP):
         raise ClientPoisoned(
-            f"the client is poisoned since {client.reason} Load a checkpoint with load_state, or start a new client."
+            f"the client is poisoned since {client.reason} Its weights are those before: save_state keeps them, and "
+            "load_state of this or another checkpoint lets it train again."
         )
 
 
@@ -259,14 +322,21 @@ def _columns(learner: Any, row: OperationRow) -> dict[str, Any]:
     return columns
 
 
-def _told(error: Exception) -> ClientError:
+def _is_of_the_device(error: BaseException) -> bool:
+    """Whether nothing can run on the device any more, until the process is started again."""
     import torch
 
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def _told(error: BaseException) -> ClientError:
     reason = disk_trouble(error)
     if reason is not None and not isinstance(error, UserError):
         return StorageFull(f"it could not be written: {reason}. Free space in state_dir.")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return InternalError(
             "out of memory: send fewer or shorter rows in a forward_backward and accumulate.", type="OutOfMemory"
         )
+    if not isinstance(error, Exception):
+        return InternalError(f"it ended with {type(error).__name__}: {error}", type=type(error).__name__)
     return as_client_error(error)

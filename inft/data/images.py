@@ -87,10 +87,13 @@ class BadImage:
 
 def peek_size(image: ImageRef) -> tuple[int, int] | None:
     """Return (width, height) of an image file from its header alone; None where only decoding would tell."""
-    if not isinstance(image, FileImage):
-        return None
+    return header_size(image.path) if isinstance(image, FileImage) else None
+
+
+def header_size(file: Path | IO[bytes]) -> tuple[int, int] | None:
+    """Return (width, height) as the header of an image file says; None where it says nothing."""
     try:
-        with Image.open(image.path, formats=_FORMATS) as opened:
+        with Image.open(file, formats=_FORMATS) as opened:
             return opened.size
     except (*_DAMAGE, Image.DecompressionBombError):
         return None
@@ -126,7 +129,7 @@ def decode(file: Path | IO[bytes]) -> Image.Image:
         with Image.open(file, formats=_FORMATS) as opened:
             _check_size(opened.size)
             opened.load()
-            return _rgb(ImageOps.exif_transpose(opened))
+            return _upright(opened)
     except Image.UnidentifiedImageError as error:
         raise ImageError(_why_unknown(file)) from error
     except Image.DecompressionBombError as error:
@@ -135,6 +138,25 @@ def decode(file: Path | IO[bytes]) -> Image.Image:
         raise
     except _DAMAGE as error:
         raise ImageError(f"damaged or truncated ({error})") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in memory as `decode` returns a file's: EXIF turned, RGB, 8 bits, transparency on white.
+
+    Errors: ImageError with the reason when it has no pixels, cannot be read or has no meaning in RGB.
+    """
+    if 0 in image.size:
+        raise ImageError(f"has 0 pixels ({image.width} x {image.height})")
+    try:
+        return _upright(image)
+    except ImageError:
+        raise
+    except _DAMAGE as error:
+        raise ImageError(f"cannot be used ({error})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return _rgb(ImageOps.exif_transpose(image))
 
 
 def _why_unknown(file: Path | IO[bytes]) -> str:

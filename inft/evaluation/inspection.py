@@ -171,7 +171,7 @@ def adapter_facts(stored: StoredAdapter, run: TrainParams | None = None) -> Adap
         dtypes=tuple(sorted({tensor.dtype for tensor in stored.tensors.values()})),
         bytes=_size(stored.directory),
         sha256=stored.sha256,
-        listed_files=len(record.get("files") or {}),
+        listed_files=len((record or stored.state or {}).get("files") or {}),
         changed_files=tuple(changed_files(stored)),
         parts=tuple(_parts(layers, spec)),
         largest=tuple(sorted(layers, key=lambda layer: -(layer.norm or 0.0))[:LARGEST]),

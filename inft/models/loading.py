@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
+OURS = "embedded/"  # prefix of the names by which the training client knows these
 CONNECT_SECONDS = 5.0  # to learn whether the hub answers; the libraries' own retries take half a minute
 ATTENTION = {"flash": "flash_attention_2"}  # our word -> transformers'
 
@@ -105,8 +106,8 @@ def load_model(spec: ModelSpec, name: str, *, basic: BasicParams, quantization_c
 
 def find_source(spec: ModelSpec, name: str) -> Source:
     """Return where a model name points; UserError for a missing path and for what the hub refuses."""
-    if name == "":
-        return Source(name=str(EMBEDDED / spec.name), local_files_only=True)
+    if name == "" or (name.removeprefix(OURS) in MODELS and name.startswith(OURS)):
+        return Source(name=str(EMBEDDED / (name.removeprefix(OURS) or spec.name)), local_files_only=True)
     if name == "smollm2" and spec.name == "text":
         from inft.models.smollm2 import smollm2_directory
 

@@ -114,6 +114,12 @@ def exact_pattern(names: Iterable[str]) -> str:
     return "|".join(alternatives)
 
 
+def nearest_names(target: str, names: Sequence[str]) -> list[str]:
+    """Return the last components of layers that are most like a target that matches none; at most three."""
+    tails = {".".join(name.split(".")[-count:]) for name in names for count in (1, 2)}
+    return difflib.get_close_matches(target.strip(".*"), sorted(tails), n=3, cutoff=0.4)
+
+
 def _matches(target: str, names: Sequence[str], spec: ModelSpec) -> list[str]:
     if re.fullmatch(r"[\w.]+", target):
         named = [name for name in names if name == target or name.endswith(f".{target}")]
@@ -125,8 +131,7 @@ def _matches(target: str, names: Sequence[str], spec: ModelSpec) -> list[str]:
 
 
 def _no_match(target: str, names: Sequence[str], spec: ModelSpec) -> str:
-    tails = {".".join(name.split(".")[-count:]) for name in names for count in (1, 2)}
-    near = difflib.get_close_matches(target.strip(".*"), sorted(tails), n=3, cutoff=0.4)
+    near = nearest_names(target, names)
     message = f"the LoRA target {target!r} matches no linear layer of {spec.title}."
     if any(name.endswith(f".{target}") for name in names):
         message += f" It names layers of the vision tower only: write .*vision.*\\.{target} if they are meant."

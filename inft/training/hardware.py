@@ -14,6 +14,15 @@ from inft.training.processes import process_count
 from params.errors import UserError
 
 LIBRARIES = ("inft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+# What torch and the CUDA libraries say of a full memory in a plain RuntimeError: of a CPU's allocator on Linux, on
+# Windows and on macOS, of the driver, and of cuBLAS and cuDNN.
+FULL = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "alloc_cpu",
+    "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",
+)
 
 
 def hardware() -> dict[str, Any]:
@@ -63,15 +72,24 @@ def peak_memory() -> dict[str, int | None]:
     return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak_gpu_bytes": gpu}
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's or the machine's memory is full; torch has no class for the latter."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in FULL)
+
+
 @contextmanager
 def out_of_memory_told(remedy: str) -> Iterator[None]:
-    """Turn a full GPU into a message that says what takes less."""
+    """Turn a full memory into a message that says what takes less."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU's memory is full. {remedy} Checkpoints are kept. ({str(error).splitlines()[0]})"
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        whose = "GPU's" if isinstance(error, torch.OutOfMemoryError) else "machine's"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the {whose} memory is full. {remedy} Checkpoints are kept. ({said})") from error
 
 
 def _version(name: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from inft.models import MODELS
+from inft.models.loading import OURS
 from inft.training.storage import BEST_FILE, file_sha256
 from params.errors import UserError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
+STATE_FILE = "state.json"  # of a checkpoint of the training client
 RUN_BEST = "best"  # where a run stores its adapter unless best_model_dir says otherwise
 COPY_AGAIN = "Copy the directory again."
 NAMED = 3  # tensors or files that a message names before it counts the others
@@ -44,7 +46,8 @@ class StoredAdapter:
 
     directory: Path
     config: Mapping[str, Any]  # adapter_config.json
-    record: Mapping[str, Any] | None  # best.json; None: not stored by inft
+    record: Mapping[str, Any] | None  # best.json; None: not stored by a run of inft
+    state: Mapping[str, Any] | None = None  # state.json; None: not a checkpoint of the training client
     family: str | None  # llama32, aya, text; None: nothing says
     base_model: str | None  # hub id or path, "" for the embedded model; None: nothing says
     sha256: str  # of the weights file
@@ -96,7 +99,7 @@ def read_adapter(directory: Path) -> StoredAdapter:
     if wrong:
         raise UserError(
             f"{found} is half copied or changed: {listed(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or not "
-            f"as {BEST_FILE} says. {COPY_AGAIN}"
+            f"as {lister(stored)} says. {COPY_AGAIN}"
         )
     return stored
 
@@ -125,23 +128,41 @@ def read_unchecked(directory: Path) -> StoredAdapter:
     if not weights.is_file():
         raise _no_weights(directory)
     record = _json_object(directory / BEST_FILE) if (directory / BEST_FILE).exists() else None
-    base_model = config.get("base_model_name_or_path") if record is None else record.get("base_model")
+    state = _json_object(directory / STATE_FILE) if record is None and (directory / STATE_FILE).exists() else None
+    if state is not None and not (state.get("version") == 1 and isinstance(state.get("base"), Mapping)):
+        state = None  # of another program
+    family, base_model = _origin(config, record, state)
     return StoredAdapter(
         directory=directory,
         config=config,
         record=record,
-        family=None if record is None else record.get("model"),
+        state=state,
+        family=family,
         base_model=base_model,
         sha256=file_sha256(weights),
         tensors=_tensors(weights),
     )
 
 
+def _origin(
+    config: Mapping[str, Any], record: Mapping[str, Any] | None, state: Mapping[str, Any] | None
+) -> tuple[str | None, str | None]:
+    """Family and base model as best.json says, else as a checkpoint of the training client does, or PEFT's file."""
+    if record is not None:
+        return record.get("model"), record.get("base_model")
+    named = config.get("base_model_name_or_path")
+    embedded = named.removeprefix(OURS) if isinstance(named, str) and named.startswith(OURS) else None
+    if embedded in MODELS:
+        return embedded, ""
+    family = (state or {}).get("base", {}).get("family")
+    return family if family in MODELS else None, named
+
+
 def changed_files(stored: StoredAdapter) -> list[str]:
-    """Names of the files that best.json lists and that are missing or not as they were written; none without it."""
-    listed = (stored.record or {}).get("files") or {}
+    """Names of the files that best.json or state.json lists and that are missing or not as they were written."""
+    listed = (stored.record or stored.state or {}).get("files") or {}
     if not isinstance(listed, Mapping):
-        raise UserError(f"{stored.directory / BEST_FILE} is damaged: its files are no object. {COPY_AGAIN}")
+        raise UserError(f"{stored.directory / lister(stored)} is damaged: its files are no object. {COPY_AGAIN}")
     known = {WEIGHTS_FILE: stored.sha256}
 
     def as_written(name: str, digest: str) -> bool:
@@ -149,6 +170,11 @@ def changed_files(stored: StoredAdapter) -> list[str]:
         return path.is_file() and (known.get(name) or file_sha256(path)) == digest
 
     return [name for name, digest in listed.items() if not as_written(name, digest)]
+
+
+def lister(stored: StoredAdapter) -> str:
+    """The name of the file that lists the others with their checksums."""
+    return BEST_FILE if stored.state is None else STATE_FILE
 
 
 def with_family(stored: StoredAdapter, family: str | None) -> StoredAdapter:
@@ -242,12 +268,13 @@ def _refuse_other_base(base: "PreTrainedModel", stored: StoredAdapter, spec: "Mo
     from inft.models.weights import weights_fingerprint
     from inft.training.best import config_sha256
 
-    record = stored.record or {}
+    record, trained_base = stored.record or {}, (stored.state or {}).get("base", {})
     was = f"the adapter in {stored.directory} was trained on {base_title(stored.base_model, spec.name)}, and "
     expected = record.get("base_config_sha256")
     if expected is not None and config_sha256(base.config) != expected:
         raise UserError(f"{was}{base.name_or_path} has another architecture. Give the adapter's own base with --model.")
-    trained_on, given = record.get("base_weights_sha256"), weights_fingerprint(base.name_or_path)
+    trained_on = record.get("base_weights_sha256") or trained_base.get("fingerprint")
+    given = weights_fingerprint(base.name_or_path)
     if trained_on is not None and given is not None and given != trained_on:
         raise UserError(
             f"{was}{base.name_or_path} has other weights. Give the adapter's own base with --model. (A copy that went "

@@ -11,7 +11,7 @@ all captions are English. A minute on one core; over HTTP with --url.
 import argparse
 import random
 
-from inft.client import ServiceClient, advantages_of, set_seed
+from inft.client import ServiceClient, UserError, advantages_of, set_seed
 from inft.client.rollouts import rollout_batch, rollouts
 from inft.data.sample import keywords, scenes
 
@@ -38,45 +38,51 @@ def reward(text: str, words: str) -> float:
     return sum(word in found for word in words.split(", ")) / 4
 
 
-service = ServiceClient(OPTIONS.url or {"state_dir": OPTIONS.state_dir})
-client = service.create_training_client(
-    {
-        "model_ref": OPTIONS.model,
-        "lora_config": {"rank": 16, "alpha": 32.0, "dropout": 0.0},  # dropout would make a ratio of two passes noise
-        "optimizer": {"learning_rate": OPTIONS.learning_rate, "weight_decay": 0.0, "max_grad_norm": 1.0},
-        "batch_size": OPTIONS.prompts * OPTIONS.group_size,
-        "loss": "ppo",
-        "loss_options": {"clip_low": 0.8, "clip_high": 1.2},
-    }
-)
+try:
+    service = ServiceClient(OPTIONS.url or {"state_dir": OPTIONS.state_dir})
+    client = service.create_training_client(
+        {
+            "model_ref": OPTIONS.model,
+            "lora_config": {
+                "rank": 16,
+                "alpha": 32.0,
+                "dropout": 0.0,
+            },  # dropout would make a ratio of two passes noise
+            "optimizer": {"learning_rate": OPTIONS.learning_rate, "weight_decay": 0.0, "max_grad_norm": 1.0},
+            "batch_size": OPTIONS.prompts * OPTIONS.group_size,
+            "loss": "ppo",
+            "loss_options": {"clip_low": 0.8, "clip_high": 1.2},
+        }
+    )
 
+    for number in range(OPTIONS.rounds):
+        # Answers of the weights as they are now, with the log-probability of each token when it was drawn.
+        asked = random.sample(train, OPTIONS.prompts)
+        images = [image for image, _ in asked]
+        found = rollouts(client, [PROMPT] * len(asked), images=images, group_size=OPTIONS.group_size, max_tokens=24)
 
-for number in range(OPTIONS.rounds):
-    # Answers of the weights as they are now, with the log-probability of each token when it was drawn.
-    asked = random.sample(train, OPTIONS.prompts)
-    images = [image for image, _ in asked]
-    found = rollouts(client, [PROMPT] * len(asked), images=images, group_size=OPTIONS.group_size, max_tokens=24)
+        # How much better than the other answers to its image each one is: equal answers teach nothing.
+        rewards = [reward(each.completion, asked[i // OPTIONS.group_size][1]) for i, each in enumerate(found)]
+        advantages = advantages_of(rewards, group_size=OPTIONS.group_size).tolist()
 
-    # How much better than the other answers to its image each one is: equal answers teach nothing.
-    rewards = [reward(each.completion, asked[i // OPTIONS.group_size][1]) for i, each in enumerate(found)]
-    advantages = advantages_of(rewards, group_size=OPTIONS.group_size).tolist()
+        # Two steps on the same answers. In the second the weights are not those that drew them, which the ratio mends.
+        batch = rollout_batch(found, advantages)
+        for _ in range(2):
+            loss = client.forward_backward(batch)
+            client.optim_step()
+        measured = loss.result().metrics
+        mean = sum(rewards) / len(rewards)
+        if number % 4 == 0 or number == OPTIONS.rounds - 1:
+            print(f"round {number:3d}: mean reward {mean:.3f}, ratio {measured['ratio']:.3f}, kl {measured['kl']:.4f}")
 
-    # Two steps on the same answers. In the second the weights are not those that drew them, which the ratio mends.
-    batch = rollout_batch(found, advantages)
-    for _ in range(2):
-        loss = client.forward_backward(batch)
-        client.optim_step()
-    measured = loss.result().metrics
-    mean = sum(rewards) / len(rewards)
-    if number % 4 == 0 or number == OPTIONS.rounds - 1:
-        print(f"round {number:3d}: mean reward {mean:.3f}, ratio {measured['ratio']:.3f}, kl {measured['kl']:.4f}")
+    # Scenes that no round asked for, and the likeliest answer to each.
+    images = [image for image, _ in held_out]
+    answers = client.sample([PROMPT] * len(images), images=images, max_tokens=24, temperature=0).samples
+    scores = [reward(each.completion, words) for each, (_, words) in zip(answers, held_out, strict=True)]
+    print(f"held out: mean reward {sum(scores) / len(scores):.3f}, such as {answers[0].completion!r}")
 
-# Scenes that no round asked for, and the likeliest answer to each.
-images = [image for image, _ in held_out]
-answers = client.sample([PROMPT] * len(images), images=images, max_tokens=24, temperature=0).samples
-scores = [reward(each.completion, words) for each, (_, words) in zip(answers, held_out, strict=True)]
-print(f"held out: mean reward {sum(scores) / len(scores):.3f}, such as {answers[0].completion!r}")
-
-saved = client.save_state(metadata={"rounds": OPTIONS.rounds})
-print(f"saved {saved.artifact_id}")
-service.close()
+    saved = client.save_state(metadata={"rounds": OPTIONS.rounds})
+    print(f"saved {saved.artifact_id}")
+    service.close()
+except UserError as error:  # a model, a key or a service that is not there: one line says it
+    raise SystemExit(f"error: {error}") from error

@@ -26,12 +26,13 @@ def client(url):
 
 
 @contextmanager
-def running(state, *args):
+def running(state, *args, cwd=ROOT):
     """`inft serve` in a process of its own: the process, its URL and its first line."""
-    command = [sys.executable, "-m", "inft", "serve", "--port", "0", "--state-dir", str(state), *args]
-    environment = {**os.environ, **ONE_THREAD}
+    # As the console script has it, the current directory is not among the places of modules.
+    command = [sys.executable, "-P", "-m", "inft", "serve", "--port", "0", "--state-dir", str(state), *args]
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         line = process.stdout.readline()
@@ -185,3 +186,16 @@ def test_the_command_needs_no_torch_for_its_help():
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(found.stdout.splitlines()[-1]) == []
+
+
+def test_a_loss_of_the_current_directory_is_allowed_and_run(tmp_path):
+    source = "from inft.client.losses.token_ce import token_ce\ndef focal(inputs):\n    return token_ce(inputs)\n"
+    (tmp_path / "my_losses.py").write_text(source)
+    args = ("--model", "demo=embedded/text", "--allow-loss", "my_losses:focal")
+    with running(tmp_path / "state", *args, cwd=tmp_path) as (_, url, _), client(url) as http:
+        path = f"/v1/training_clients/{http.post('/v1/training_clients', json={'model_ref': 'demo'}).json()['id']}"
+        body = {"batch": {"input_ids": [[1, 2, 3]]}, "loss": "my_losses:focal"}
+        answer = http.post(f"{path}/forward_backward?wait=30", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["result"]["loss"] > 0
+        assert http.post(f"{path}/forward_backward", json={**body, "loss": "os:getcwd"}).status_code == 422

@@ -14,8 +14,8 @@ from inft.client.learner import Learner, prepare
 from params.client_resolve import training_config
 
 FAMILIES = ("text", "llama32", "aya")
-SELF_ATTENTION = r".*self_attn\.[qkvo]_proj"  # of the text model, and of a vision-language model's language model
-LANGUAGE_MODEL = dict.fromkeys(("llama32", "aya"), r".*language_model.*\.self_attn\.[qkvo]_proj")
+SELF_ATTENTION = "*self_attn.*_proj"  # of the text model, and of a vision-language model's language model
+LANGUAGE_MODEL = dict.fromkeys(("llama32", "aya"), "*language_model*.self_attn.*_proj")
 DP = {"dataset_size": 200, "noise_multiplier": 1.0, "target_epsilon": 50.0, "seed": 5}
 
 

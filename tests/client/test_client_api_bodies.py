@@ -1,12 +1,18 @@
 import json
+import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from client_http_service import BATCH, error_of, new_client, served
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inft.client.api.bodies import LARGEST_INT, MOST_DEPTH, parse_json
+from inft.client.api import routes, server
+from inft.client.api.bodies import LARGEST_INT, MOST_DEPTH, MOST_PARTS, parse_json
+from inft.client.api.service import PARSED_AT_ONCE
 from inft.client.errors import InvalidRequest
 from params.client import ServeParams
 
@@ -49,6 +55,8 @@ def test_plain_values_come_back_as_they_were_sent(value):
         (b'{"a": ' + b"9" * 5000 + b"}", "more than 64 bits"),
         (b"[" * (MOST_DEPTH + 1) + b"]" * (MOST_DEPTH + 1), f"more than {MOST_DEPTH} lists"),
         (b'{"a":' * 500 + b"1" + b"}" * 500, f"more than {MOST_DEPTH} lists"),
+        (b"[" + b"[]," * MOST_PARTS + b"[]]", f"more than {MOST_PARTS} lists and objects"),
+        (b"[" + b"{}," * (MOST_PARTS // 2) + b"[]," * (MOST_PARTS // 2) + b"1]", f"more than {MOST_PARTS} lists"),
         (b"[" * 100_000, f"more than {MOST_DEPTH} lists"),
     ],
 )
@@ -74,6 +82,14 @@ def test_a_large_batch_is_checked_in_little_more_time_than_it_is_parsed_in():
         return min(times)
 
     assert fastest(lambda: parse_json(body)) < 5 * fastest(lambda: json.loads(body))
+
+
+def test_a_body_of_too_many_lists_is_refused_before_it_is_read():
+    body = b"[" + b"[]," * 11_000_000 + b"[]]"
+    begun = time.perf_counter()
+    with pytest.raises(InvalidRequest, match="send smaller batches"):
+        parse_json(body)
+    assert time.perf_counter() - begun < 1
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +179,48 @@ def test_a_body_where_none_is_taken_is_refused(shared):
     with shared.client() as http:
         error_of(http.post("/v1/futures/fut-0/cancel", json={"really": True}), 422)
         error_of(http.request("GET", "/v1/audit_logs", json={"after": 3}), 422)
+
+
+def test_large_bodies_take_turns_and_small_requests_do_not_wait_for_them(shared, path, monkeypatch):
+    lock, room, now, most = threading.Lock(), threading.Semaphore(0), 0, 0
+
+    def parse(body):
+        nonlocal now, most
+        if len(body) > routes.LARGE:
+            with lock:
+                now += 1
+                most = max(most, now)
+            assert room.acquire(timeout=30)
+            with lock:
+                now -= 1
+        return parse_json(body)
+
+    monkeypatch.setattr(routes, "parse_json", parse)
+    body = json.dumps({"batch": BATCH}).encode() + b" " * routes.LARGE
+    with shared.client() as http, ThreadPoolExecutor(6) as threads:
+        posts = [threads.submit(http.post, f"{path}/forward_backward", content=body, headers=JSON) for _ in range(6)]
+        begun = time.monotonic()
+        while now < PARSED_AT_ONCE:
+            assert time.monotonic() - begun < 10
+            time.sleep(0.01)
+        assert http.post(f"{path}/forward_backward?wait=20", json={"batch": BATCH}).status_code == 200
+        room.release(6)
+        assert [post.result(30).status_code for post in posts] == [202] * 6
+    assert most == PARSED_AT_ONCE
+
+
+def test_more_connections_than_the_service_takes_are_turned_away_until_some_are_gone(tmp_path, monkeypatch):
+    assert server.MOST_CONNECTIONS >= 1000
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 4)
+    with served(tmp_path) as found:
+        url = httpx.URL(found.url)
+        idle = [socket.create_connection((url.host, url.port), timeout=10) for _ in range(4)]
+        with found.client() as http:
+            assert http.get("/v1/health").status_code == 503
+        for connection in idle:
+            connection.close()
+        begun = time.monotonic()
+        with found.client() as http:
+            while http.get("/v1/health").status_code != 200:
+                assert time.monotonic() - begun < 10
+                time.sleep(0.05)

@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from client_http_service import BATCH, new_client, served
+from client_http_service import BATCH, error_of, new_client, served
 
+from inft.client import ClientUnavailable, ServiceClient
 from inft.client.api.service import PLACES, SLICE
 from params.client import ServeParams
 
@@ -103,3 +104,34 @@ def test_a_service_that_stops_answers_open_polls_and_the_operation_is_kept(tmp_p
         assert (answers[0].status_code, answers[0].json()["id"]) == (202, future)
     with served(tmp_path) as found, found.client() as http:
         assert http.get(f"/v1/futures/{future}").json()["status"] == "waiting"
+
+
+def test_a_client_that_cannot_be_brought_back_is_503_to_its_polls_and_not_asked_again(shared, http, monkeypatch):
+    future, finish = waiting_future(http)
+    asked = []
+
+    def unavailable(tenant, future_id, timeout):
+        asked.append(future_id)
+        raise ClientUnavailable("its snapshot is damaged.", client_id="tc-1")
+
+    with monkeypatch.context() as broken, ServiceClient(shared.url) as service:
+        broken.setattr(shared.engine, "wait", unavailable)
+        answer = http.get(f"/v1/futures/{future}/result?wait=30")
+        error = error_of(answer, 503)
+        assert (error["code"], error["details"]) == ("client_unavailable", {"client_id": "tc-1"})
+        assert answer.headers["Retry-After"]
+        with pytest.raises(ClientUnavailable, match="snapshot is damaged"):
+            service.get_future(future).result(20)
+    assert len(asked) == 2
+    finish()
+    assert http.get(f"/v1/futures/{future}/result?wait=30").json()["status"] == "completed"
+
+
+def test_a_client_says_which_number_runs_next(http):
+    future, finish = waiting_future(http)
+    client = http.get(f"/v1/futures/{future}").json()["client_id"]
+    info = http.get(f"/v1/training_clients/{client}").json()
+    assert (info["next_seq"], info["next_run"]) == (3, 1)
+    finish()
+    http.get(f"/v1/futures/{future}/result?wait=30")
+    assert http.get(f"/v1/training_clients/{client}").json()["next_run"] == 3

@@ -86,7 +86,7 @@ def test_a_waiting_operation_is_cancelled_and_its_result_is_409(http):
     assert http.get(f"/v1/futures/{future['id']}").json()["status"] == "cancelled"
 
 
-def test_a_failed_operation_has_its_own_status_and_a_client_gone_nan_takes_load_state_alone(http):
+def test_a_failed_operation_has_its_own_status_and_a_client_gone_nan_trains_no_more_until_load_state(http):
     path = new_client(http, loss="reinforce")
     saved = http.post(f"{path}/save_state", json={}).json()["result"]["artifact_id"]
     ids = BATCH["input_ids"]
@@ -96,7 +96,9 @@ def test_a_failed_operation_has_its_own_status_and_a_client_gone_nan_takes_load_
     assert error_of(answer, 422)["code"] == "not_finite"
     assert http.get(f"/v1/futures/{future['id']}").json()["status"] == "failed"
     assert http.get(path).json()["status"] == "poisoned"
-    assert error_of(http.post(f"{path}/sample", json={"prompts": ["a"]}), 409)["code"] == "client_poisoned"
+    poisoned = http.post(f"{path}/forward_backward?wait=30", json={"batch": {**advantages, "advantages": [1, 1]}})
+    assert error_of(poisoned, 409)["code"] == "client_poisoned"
+    assert http.post(f"{path}/sample", json={"prompts": ["a"], "max_tokens": 2}).status_code == 200
     assert http.post(f"{path}/load_state", json={"artifact_id": saved}).status_code == 200
     assert http.get(path).json()["status"] == "active"
 

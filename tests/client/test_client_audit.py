@@ -159,3 +159,12 @@ def test_a_detail_that_json_has_no_word_for_is_refused():
         with pytest.raises(ValueError, match="JSON"):
             audit.append(db, tenant="a", action="x", target="", outcome="y", details={"e": float("nan")}, at="2026")
         assert only(db).entries == ENTRIES
+
+
+def test_a_check_leaves_the_connection_reading_texts_as_before():
+    with closing(filled("a")) as db:
+        db.execute("UPDATE audit SET action = CAST(x'ff' AS TEXT) WHERE number = 2")
+        assert not only(db).whole
+        assert audit.tenants(db) == ["a"]
+        with pytest.raises(sqlite3.OperationalError, match="UTF-8"):
+            audit.entries(db, "a")

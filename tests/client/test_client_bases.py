@@ -1,14 +1,20 @@
 """Bases: found by name, loaded once; adapters that follow from their seed and do not touch each other."""
 
 import shutil
+import signal
 import threading
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 from embedded_bases import embedded_base
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
 
 from inft.client.bases import Bases
 from inft.client.errors import InvalidRequest
+from inft.client.targets import glob_matches
 from inft.models.loading import EMBEDDED, Source, family_of
 from params.client import EngineParams, LoRAConfig
 from params.errors import UserError
@@ -132,7 +138,7 @@ def test_adapters_of_other_ranks_and_layers_do_not_touch_each_other_or_the_base(
     plain = logits(base)
     adapter("one", LORA, seed=1, spread=0.1)
     alone = logits(base, "one")
-    adapter("two", LoRAConfig(rank=2, target_modules=("down_proj", r".*\.0\.self_attn\.q_proj")), seed=2, spread=0.1)
+    adapter("two", LoRAConfig(rank=2, target_modules=("down_proj", "*.0.self_attn.q_proj")), seed=2, spread=0.1)
     assert torch.equal(logits(base, "one"), alone)
     assert torch.equal(logits(base), plain)
     both = [alone, logits(base, "two"), plain]
@@ -185,8 +191,13 @@ def test_one_adapter_at_a_time(base, adapter):
     ("targets", "message"),
     [
         (("q_prj",), "'q_prj' matches no linear layer of text models. Nearest names: .*q_proj"),
-        (("lm_head",), "matches the head lm_head"),
-        (("(",), "is no regular expression"),
+        (("lm_head",), "match the head lm_head"),
+        (("*_head",), "match the head lm_head"),
+        (("(",), "regular expressions are not read"),
+        ((r".*q_proj|v_proj",), "regular expressions are not read"),
+        (("",), "'' matches no linear layer"),
+        (("q_proj",) * 65, "has 65 entries, more than 64"),
+        (("q_proj", "a" * 201), "has 201 characters, more than 200"),
     ],
 )
 def test_targets_that_match_nothing_are_refused_and_nothing_is_added(base, targets, message):
@@ -196,12 +207,131 @@ def test_targets_that_match_nothing_are_refused_and_nothing_is_added(base, targe
     base.remove_adapter("dead")
 
 
+@pytest.fixture
+def five_seconds():
+    """The test ends with an error after them, within a match too."""
+
+    def late(*args):
+        raise TimeoutError("the targets took more than five seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "target", ["(.*)*Z", "(a|a)*" * 20, "*a" * 100, "*" * 199 + "!", "*.self_attn" * 18, "_" * 200]
+)
+def test_no_target_takes_long(base, five_seconds, target):
+    with pytest.raises(UserError, match="matches no linear layer"):
+        base.targets(LoRAConfig(target_modules=(target,)))
+    with pytest.raises(UserError, match="matches no linear layer"):
+        base.targets(LoRAConfig(target_modules=tuple(f"{number}{target}"[:200] for number in range(64))))
+
+
+NAMES = st.text("ab.", max_size=8)
+
+
+@given(pattern=st.text("ab.*", max_size=8), name=NAMES)
+def test_a_star_stands_for_any_characters(pattern, name):
+    assert glob_matches(pattern, name) == fnmatchcase(name, pattern)
+
+
+@given(parts=st.lists(NAMES, min_size=1, max_size=4), between=st.lists(NAMES, min_size=3, max_size=3))
+def test_what_is_made_from_a_pattern_matches_it(parts, between):
+    name = parts[0] + "".join(gap + part for gap, part in zip(between, parts[1:], strict=False))
+    assert glob_matches("*".join(parts), name)
+
+
+def test_names_and_globs_find_the_layers_they_stand_for(base):
+    def found(*targets):
+        return base.targets(LoRAConfig(rank=4, target_modules=targets))
+
+    layers = [f"model.layers.{number}.self_attn.q_proj" for number in range(4)]
+    assert found("q_proj") == found("self_attn.q_proj") == found("*.q_proj", "q_proj") == layers
+    assert found("model.layers.2.self_attn.q_proj") == layers[2:3]
+    assert found("*.2.self_attn.*") == [f"model.layers.2.self_attn.{name}_proj" for name in "qkvo"]
+
+
+def test_plain_names_leave_the_vision_tower_out_and_say_how_to_reach_it():
+    vlm = embedded_base("aya")
+    assert not any("vision" in name for name in vlm.targets(LoRAConfig(target_modules=("q_proj",))))
+    with pytest.raises(UserError, match=r"of the vision tower only: write \*vision\*\.fc1 if"):
+        vlm.targets(LoRAConfig(target_modules=("fc1",)))
+    assert vlm.targets(LoRAConfig(target_modules=("*vision*.fc1",)))
+
+
+def test_a_rank_that_no_layer_can_use_is_refused_and_nothing_is_made(base):
+    before = parts_of(base.model)
+    lora = LoRAConfig(rank=129, target_modules=("q_proj", "down_proj"))
+    with pytest.raises(UserError, match=r"rank is 129, and the widest layer it is for, model\.\S+, can use 128"):
+        base.add_adapter("wide", lora, seed=1)
+    assert parts_of(base.model) == before
+    assert base.targets(LoRAConfig(rank=128, target_modules=("q_proj",)))
+
+
+def parts_of(model):
+    """What there is in the model: its modules, and what PEFT's layers hold by an adapter's name."""
+    held = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias", "_active_adapter")
+    modules = dict(model.named_modules())
+    adapted = {name: module for name, module in modules.items() if hasattr(module, "lora_A")}
+    kept = {f"{name}.{key}": str(getattr(module, key)) for name, module in adapted.items() for key in held}
+    return list(modules), kept, list(getattr(model, "peft_config", ()))
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["no_other_adapter", "another_adapter"])
+@pytest.mark.parametrize("layers", [("q_proj", "v_proj"), ("down_proj",)], ids=["same_layers", "other_layers"])
+@pytest.mark.parametrize("place", [1, 3, "injected"])
+def test_an_adapter_that_cannot_be_made_leaves_nothing(monkeypatch, others, layers, place):
+    base = Bases(CPU).get("embedded/text")
+    plain = logits(base)
+    if others:
+        base.add_adapter("other", LoRAConfig(rank=4, target_modules=("q_proj", "v_proj")), seed=1)
+    before = parts_of(base.model)
+    lora = LoRAConfig(rank=4, target_modules=layers)
+    with monkeypatch.context() as patch:
+        fail(patch, place)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            base.add_adapter("new", lora, seed=2)
+    assert not [name for name in parts_of(base.model)[0] if name.endswith(".new")]
+    if place != "injected" if not others else layers == ("q_proj", "v_proj"):
+        assert parts_of(base.model) == before
+    assert torch.equal(logits(base), plain)
+    base.add_adapter("new", lora, seed=2)
+    clean = Bases(CPU).get("embedded/text").add_adapter("new", lora, seed=2)
+    assert all(torch.equal(weight, clean[key]) for key, weight in base._adapters["new"].parameters.items())
+    assert base._adapters["new"].parameters.keys() == clean.keys()
+    base.remove_adapter("new")
+
+
+def fail(patch, place):
+    """Let memory run out at that layer, or once the layers are there."""
+    calls = []
+    made = LoraLayer.reset_lora_parameters
+
+    def limited(layer, *args, **more):
+        calls.append(layer)
+        if len(calls) == place:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return made(layer, *args, **more)
+
+    def full(self):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    if place == "injected":
+        patch.setattr(torch.nn.Linear, "float", full)
+    else:
+        patch.setattr(LoraLayer, "reset_lora_parameters", limited)
+
+
 @pytest.mark.parametrize(
     ("family", "target", "part"),
     [
         ("llama32", "q_proj", "cross-attention"),
-        ("llama32", r".*vision_model.*\.q_proj", "vision"),
-        ("aya", r".*multi_modal_projector\.linear_1", "projector"),
+        ("llama32", "*vision_model*.q_proj", "vision"),
+        ("aya", "*multi_modal_projector.linear_1", "projector"),
     ],
 )
 def test_privacy_is_for_the_layers_of_the_language_model(family, target, part):

@@ -111,6 +111,7 @@ def test_without_the_optimizer_and_gradients_training_starts_them_afresh(new, tm
     learner.load(read.state)
     assert learner.step == 1
     assert not learner._optimizer.state
+    assert {read.state.values[name] for name in ("accumulated", "rows", "denominator", "unit")} == {0, None}
     assert run(learner, token_batch())["accumulated"] == 1
 
 
@@ -217,7 +218,7 @@ def test_a_state_file_that_was_written_by_another_is_checked(intact, field, valu
         ({"lora_config": {**CONFIG["lora_config"], "target_modules": [SELF_ATTENTION]}}, "adapts other layers"),
         ({"dp_config": DP}, "without differential privacy, and this client trains with"),
         ({"optimizer": {"name": "sgd"}}, "has the state of adamw, and this client uses sgd"),
-        ({"lora_config": {**CONFIG["lora_config"], "target_modules": [r".*\.(q|v)_proj", "down_proj"]}}, None),
+        ({"lora_config": {**CONFIG["lora_config"], "target_modules": ["*.q_proj", "v_proj", "down_proj"]}}, None),
         ({"batch_size": 2, "seed": 8}, None),
     ],
 )

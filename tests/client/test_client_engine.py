@@ -1,36 +1,22 @@
 """The engine: order, repeats, tenants, limits, cancelling, poison, and what is there after it was opened again."""
 
 import math
-import shutil
-import sqlite3
 import threading
 import time
 
 import pytest
-import torch
 from client_engine_help import CONFIG, SECONDS, TENANT, batch, forward, open_engine, result, run, train
 
 from inft.client.errors import (
     ClientError,
-    Closed,
     Conflict,
-    InternalError,
     InvalidRequest,
     NotFound,
     QueueFull,
     RateLimited,
 )
 from inft.client.losses.inputs import LossOutput
-from inft.client.store import Store
 from params.errors import UserError
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -42,19 +28,6 @@ def engine(tmp_path):
 @pytest.fixture
 def client(engine):
     return engine.create_client(TENANT, CONFIG)["id"]
-
-
-@pytest.fixture
-def gate():
-    """A loss that waits: what is behind it in line stays there until the gate is opened."""
-    event = threading.Event()
-
-    def waits(inputs):
-        assert event.wait(SECONDS)
-        return LossOutput(loss=inputs.logits_BTV.float().mean())
-
-    yield waits, event
-    event.set()
 
 
 def test_a_client_trains_and_tells_its_step(engine, client):
@@ -176,16 +149,6 @@ def test_an_operation_that_has_not_begun_can_be_cancelled(engine, client, gate):
     assert not engine.cancel(TENANT, running["id"])
 
 
-def test_a_cancelled_number_is_passed_after_the_engine_was_opened_again(tmp_path):
-    with open_engine(tmp_path) as engine:
-        client = engine.create_client(TENANT, CONFIG)["id"]
-        ahead = engine.submit(TENANT, client, "optim_step", {}, seq=2)
-        assert engine.cancel(TENANT, ahead["id"])
-    with open_engine(tmp_path) as engine:
-        run(engine, client, "forward_backward", forward(), seq=1)
-        assert result(engine, client, "optim_step", {}, seq=3)["step"] == 1
-
-
 def test_a_step_that_is_not_finite_poisons_until_a_checkpoint_is_loaded(engine, client):
     train(engine, client, 1)
     saved = result(engine, client, "save_state", {})
@@ -229,105 +192,6 @@ def test_limits_of_waiting_operations(tmp_path, gate):
         with pytest.raises(QueueFull):
             engine.submit("other", two, "optim_step", {})
         gate[1].set()
-
-
-def test_a_directory_serves_one_engine_at_a_time(engine):
-    with pytest.raises(UserError, match="another process is running training clients in"):
-        open_engine(engine.directory)
-
-
-def test_after_closing_nothing_is_accepted(tmp_path):
-    engine = open_engine(tmp_path)
-    client = engine.create_client(TENANT, CONFIG)["id"]
-    engine.close()
-    engine.close()
-    with pytest.raises(Closed):
-        engine.submit(TENANT, client, "optim_step", {})
-    with pytest.raises(Closed):
-        engine.create_client(TENANT, CONFIG)
-
-
-def test_what_was_accepted_before_closing_runs_when_it_is_opened_again(tmp_path, gate):
-    waits, event = gate
-    engine = open_engine(tmp_path)
-    client = engine.create_client(TENANT, CONFIG)["id"]
-    first = engine.submit(TENANT, client, "forward_backward", forward(), loss=waits)
-    step = engine.submit(TENANT, client, "optim_step", {})
-    while engine.future(TENANT, first["id"])["status"] != "running":
-        time.sleep(0.001)
-    closing = threading.Thread(target=engine.close)
-    closing.start()
-    event.set()
-    closing.join(SECONDS)
-    with open_engine(tmp_path) as engine:
-        assert engine.wait(TENANT, step["id"], SECONDS)["result"]["step"] == 1
-
-
-@pytest.mark.parametrize("snapshot_steps", [1, 2, 100])
-def test_a_copy_of_the_directory_at_any_moment_goes_on_bit_equal(tmp_path, snapshot_steps):
-    with open_engine(tmp_path / "whole", snapshot_steps=snapshot_steps) as engine:
-        client = engine.create_client(TENANT, CONFIG)["id"]
-        train(engine, client, 3)
-        result(engine, client, "forward_backward", forward(3))
-        crashed = tmp_path / "crashed"  # what a killed process leaves: no snapshot at the end
-        shutil.copytree(tmp_path / "whole", crashed)
-        result(engine, client, "optim_step", {})
-        expected = train(engine, client, 2, first=4)
-    with open_engine(crashed, snapshot_steps=snapshot_steps) as engine:
-        assert result(engine, client, "optim_step", {})["step"] == 4
-        assert train(engine, client, 2, first=4) == expected
-    with open_engine(tmp_path / "whole") as engine:
-        assert engine.get_client(TENANT, client)["step"] == 6
-        assert len(engine.audit_logs(TENANT)) == 1 + 2 * 12
-
-
-def test_snapshots_spare_the_log_and_leave_one_directory(tmp_path):
-    with open_engine(tmp_path, snapshot_steps=2) as engine:
-        client = engine.create_client(TENANT, CONFIG)["id"]
-        train(engine, client, 5)
-        rows = engine._store.operations(client, after=0)
-        assert [row.seq for row in rows if row.payload is not None] == [9, 10]
-        assert len(list((tmp_path / "snapshots").iterdir())) == 1
-        again = engine.submit(TENANT, client, "forward_backward", forward(0), seq=1)
-        assert again["status"] == "completed"  # known by its hash, although its payload is gone
-
-
-def test_more_clients_than_fit_are_put_away_and_brought_back(tmp_path):
-    with open_engine(tmp_path / "roomy") as engine:
-        clients = [engine.create_client(TENANT, CONFIG | {"seed": seed})["id"] for seed in range(3)]
-        expected = [[train(engine, client, 1, first=n) for client in clients] for n in range(2)]
-    with open_engine(tmp_path / "narrow", max_resident_clients=1) as engine:
-        clients = [engine.create_client(TENANT, CONFIG | {"seed": seed})["id"] for seed in range(3)]
-        found = [[train(engine, client, 1, first=n) for client in clients] for n in range(2)]
-        assert engine.health()["resident_clients"] == 1
-    assert found == expected
-
-
-def test_a_loss_of_the_process_is_not_run_again_and_what_it_did_is_kept(tmp_path):
-    def own(inputs):
-        return LossOutput(loss=inputs.logits_BTV.float().square().mean(), denominator=1)
-
-    with open_engine(tmp_path / "whole") as engine:
-        client = engine.create_client(TENANT, CONFIG)["id"]
-        result(engine, client, "forward_backward", forward(), loss=own)
-        shutil.copytree(tmp_path / "whole", tmp_path / "crashed")
-        norm = result(engine, client, "optim_step", {})["grad_norm"]
-    with open_engine(tmp_path / "crashed") as engine:
-        assert result(engine, client, "optim_step", {})["grad_norm"] == norm
-
-
-def test_a_loss_of_a_process_that_has_ended_fails_its_operation_and_no_other(tmp_path, gate):
-    waits, event = gate
-    with open_engine(tmp_path / "whole") as engine:
-        client = engine.create_client(TENANT, CONFIG)["id"]
-        own = engine.submit(TENANT, client, "forward_backward", forward(), loss=waits)
-        named = engine.submit(TENANT, client, "forward_backward", forward())
-        shutil.copytree(tmp_path / "whole", tmp_path / "crashed")
-        event.set()
-    with open_engine(tmp_path / "crashed") as engine:
-        lost = engine.wait(TENANT, own["id"], SECONDS)
-        assert "process that has ended" in lost["error"]["message"]
-        assert engine.wait(TENANT, named["id"], SECONDS)["result"]["accumulated"] == 1
 
 
 def test_a_checkpoint_opens_in_another_client_and_goes_on_bit_equal(engine, client):
@@ -427,31 +291,75 @@ def test_a_service_offers_the_models_it_names_alone(tmp_path):
         assert engine.create_client(TENANT, CONFIG | {"model_ref": "small"})["config"]["model_ref"] == "small"
 
 
-def test_a_log_that_cannot_be_written_any_more_stops_the_engine_and_leaves_nobody_waiting(tmp_path, monkeypatch):
-    def broken(*args, **options):
-        raise sqlite3.DatabaseError("database disk image is malformed")
-
-    with open_engine(tmp_path) as engine:
-        client = engine.create_client(TENANT, CONFIG)["id"]
-        with monkeypatch.context() as patched:
-            patched.setattr(Store, "finish", broken)
-            future = engine.submit(TENANT, client, "forward_backward", forward())
-            behind = engine.submit(TENANT, client, "optim_step", {})
-            with pytest.raises(InternalError, match="malformed"):
-                engine.wait(TENANT, behind["id"], SECONDS)
-        assert engine.health()["status"] == "failed"
-        with pytest.raises(InternalError, match="start it again"):
-            engine.submit(TENANT, client, "optim_step", {})
-        with pytest.raises(ClientError):
-            engine.create_client(TENANT, CONFIG)
-    with open_engine(tmp_path) as engine:
-        assert engine.wait(TENANT, behind["id"], SECONDS)["result"]["step"] == 1
-        assert engine.future(TENANT, future["id"])["status"] == "completed"
-
-
 @pytest.mark.parametrize("rate", [1e300, 1e31])
 def test_a_learning_rate_that_would_overflow_is_refused(engine, client, rate):
     with pytest.raises(InvalidRequest, match="learning_rate"):
         engine.submit(TENANT, client, "optim_step", {"learning_rate": rate})
     with pytest.raises(UserError, match="learning_rate"):
         engine.create_client(TENANT, CONFIG | {"optimizer": {"learning_rate": rate}})
+
+
+def test_a_poisoned_client_whose_checkpoint_could_not_be_loaded_stays_poisoned(engine, client):
+    saved = result(engine, client, "save_state", {})
+    heavy = {"loss": "cross_entropy", "batch": batch() | {"weights": [3e38, 3e38]}}
+    assert run(engine, client, "forward_backward", heavy)["error"]["code"] == "not_finite"
+    (engine.artifact_path(TENANT, saved["artifact_id"]) / "state.json").write_text("{}")
+    failed = run(engine, client, "load_state", {"artifact_id": saved["artifact_id"]})
+    assert saved["artifact_id"] in failed["error"]["message"]
+    assert str(engine.directory) not in failed["error"]["message"]
+    assert engine.get_client(TENANT, client)["status"] == "poisoned"
+
+
+def test_a_poisoned_client_still_gives_its_weights(engine, client):
+    train(engine, client, 1)
+    heavy = {"loss": "cross_entropy", "batch": batch() | {"weights": [3e38, 3e38]}}
+    assert run(engine, client, "forward_backward", heavy)["error"]["code"] == "not_finite"
+    saved = result(engine, client, "save_state", {})
+    assert saved["step"] == 1
+    assert result(engine, client, "load_state", {"artifact_id": saved["artifact_id"]})["step"] == 1
+    assert len(train(engine, client, 1, first=1)) == 1
+
+
+@pytest.mark.parametrize("problem", [SystemExit("gone"), ValueError("half a pair \ud800"), KeyError("x")])
+def test_whatever_a_loss_raises_is_its_operations_failure_alone(engine, client, problem):
+    def own(inputs):
+        raise problem
+
+    failed = run(engine, client, "forward_backward", forward(), loss=own)
+    assert failed["status"] == "failed"
+    assert len(train(engine, client, 1)) == 1
+
+
+def test_a_private_step_after_a_refused_batch_does_not_spend_the_budget_on_noise_alone(engine):
+    private = {"dp_config": {"dataset_size": 10, "noise_multiplier": 1.0, "target_delta": 1e-2}, "batch_size": 2}
+    client = engine.create_client(TENANT, CONFIG | private)["id"]
+    unlabelled = {"batch": batch() | {"labels": [[-100] * 8] * 2}}
+    failed = engine.submit(TENANT, client, "forward_backward", unlabelled)
+    step = engine.submit(TENANT, client, "optim_step", {})  # as the guide's loop does, without waiting
+    assert engine.wait(TENANT, failed["id"], SECONDS)["status"] == "failed"
+    refused = engine.wait(TENANT, step["id"], SECONDS)
+    assert "without them" in refused["error"]["message"]
+    assert engine.get_client(TENANT, client)["dp_metrics"]["steps"] == 0
+    assert result(engine, client, "optim_step", {})["dp_metrics"]["steps"] == 1  # now an empty draw is meant
+
+
+def test_two_functions_under_one_number_are_a_conflict(engine, client):
+    losses = [lambda inputs, scale=scale: LossOutput(loss=inputs.logits_BTV.mean() * scale) for scale in (1, 2)]
+    run(engine, client, "forward_backward", forward(), seq=1, loss=losses[0])
+    assert run(engine, client, "forward_backward", forward(), seq=1, loss=losses[0])["status"] == "completed"
+    with pytest.raises(Conflict):
+        engine.submit(TENANT, client, "forward_backward", forward(), seq=1, loss=losses[1])
+
+
+def test_a_batch_of_more_tokens_than_are_taken_at_once_is_refused(tmp_path):
+    with open_engine(tmp_path, max_batch_tokens=15) as engine:
+        client = engine.create_client(TENANT, CONFIG)["id"]
+        with pytest.raises(InvalidRequest, match="16 tokens with its padding"):
+            engine.submit(TENANT, client, "forward_backward", forward())
+
+
+def test_a_loss_that_is_not_allowed_is_refused_when_the_client_is_made(tmp_path):
+    with open_engine(tmp_path, losses=("token_ce",)) as engine:
+        for loss in ("os:system", "mse"):
+            with pytest.raises(UserError, match="not allowed"):
+                engine.create_client(TENANT, CONFIG | {"loss": loss})

@@ -80,3 +80,18 @@ def test_the_rewards_example_raises_its_reward(run: Callable[..., list[str]]):
     rewards = [float(found[1]) for line in lines if (found := re.search(r"mean reward (\d\.\d+)", line))]
     assert rewards[0] < 0.2
     assert rewards[-1] > 0.6
+
+
+@pytest.mark.parametrize("name", ["client_loop", "client_rl"])
+def test_what_is_missing_is_one_line_and_no_traceback(name: str, tmp_path: Path, run: Callable[..., list[str]]):
+    with pytest.raises(SystemExit, match=r"^error: .*no_such_model") as stopped:
+        run(name, "--model", "embedded/no_such_model")
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_language_that_there_is_not_is_named_with_those_that_there_are(
+    run: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit, match="2"):
+        run("client_loop", "--language", "xx")
+    assert "invalid choice: 'xx' (choose from 'ar', 'en'" in capsys.readouterr().err

@@ -28,14 +28,6 @@ IDS = torch.tensor([[5, 17, 300, 41, 9, 77], [8, 21, 30, 404, 555, 6], [9, 9, 31
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
     directory = tmp_path_factory.mktemp("failures") / "state"

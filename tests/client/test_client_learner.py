@@ -40,7 +40,8 @@ def plain_peft(family, first):
     spec = embedded_base(family).spec
     basic = BasicParams(attn_impl="sdpa", dtype="float32")
     model = load_model(spec, str(EMBEDDED / family), basic=basic)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, lora_dropout=0.0, target_modules=SELF_ATTENTION)
+    targets = r".*self_attn\..*_proj"
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, lora_dropout=0.0, target_modules=targets)
     wrapped = get_peft_model(model, lora).eval()
     named = {key.replace(".default.", "."): p for key, p in wrapped.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -131,7 +132,7 @@ def test_sums_add_up_and_are_not_mixed_with_means(new):
     once = run(learner, batch, loss="cross_entropy")["grad_norm"]
     assert run(learner, batch, loss="cross_entropy")["grad_norm"] == pytest.approx(2 * once, rel=1e-6)
     before = learner.state()
-    with pytest.raises(InvalidRequest, match="this loss is a mean, and the gradient accumulated so far is of a sum"):
+    with pytest.raises(InvalidRequest, match=r"this loss is a mean over tokens, and the gradient .* is of a sum"):
         run(learner, batch)
     assert same(before.tensors, learner.state().tensors)
     assert before.values == learner.state().values
@@ -317,7 +318,7 @@ def damaged(state, **values):
 
 
 @given(
-    name=st.sampled_from(["step", "passes", "accumulated", "denominator", "private"]),
+    name=st.sampled_from(["step", "passes", "accumulated", "rows", "denominator", "unit", "private"]),
     value=st.sampled_from([-1, True, 1.5, "3", [], {}, {"accountant": 3}]),
 )
 def test_values_that_are_none_are_refused_and_change_nothing(damageable, name, value):
@@ -366,7 +367,7 @@ def test_tensors_of_another_adapter_or_optimizer_are_refused(new):
 
 def test_an_adapter_that_a_batch_does_not_reach_has_no_gradient():
     with learners("llama32") as new:
-        learner = new(lora_config={"rank": 2, "target_modules": [r".*cross_attn\.[qkvo]_proj", r".*self_attn\.q_proj"]})
+        learner = new(lora_config={"rank": 2, "target_modules": ["*cross_attn.*_proj", "*self_attn.q_proj"]})
         first = weights(learner)
         run(learner, {"prompt": ["No image."], "completion": ["None at all."]})
         learner.optim_step({})

@@ -99,6 +99,31 @@ def test_an_empty_draw_is_a_step_of_noise_that_counts(new):
     assert learner.dp_metrics() == metrics
 
 
+def test_a_step_has_no_more_rows_than_there_are(new):
+    learner = new(dp_config={**DP, "dataset_size": 6, "sample_rate": 0.5, "target_delta": 1e-5}, **LORA)
+    run(learner, token_batch(rows=4))
+    learner.load(learner.state())
+    before = learner.state()
+    with pytest.raises(InvalidRequest, match=r"8 rows since the last step, and dp_config\.dataset_size is 6"):
+        run(learner, token_batch(1, rows=4))
+    assert same(before.tensors, learner.state().tensors)
+    assert before.values == learner.state().values
+    run(learner, token_batch(1, rows=2))
+    learner.optim_step({})
+    run(learner, token_batch(1, rows=6))
+
+
+def test_a_step_without_noise_is_not_private(new):
+    learner = new(dp_config={**DP, "seed": None, "target_epsilon": None}, **LORA)
+    run(learner, token_batch())
+    assert learner.optim_step({})["dp_metrics"]["private"]
+    run(learner, token_batch())
+    assert not learner.optim_step({"apply_dp_noise": False})["dp_metrics"]["private"]
+    state = learner.state()
+    learner.load(state)
+    assert not learner.optim_step({})["dp_metrics"]["private"]
+
+
 def test_the_budget_is_enforced_before_the_step(new):
     most = spent_epsilon(noise_multiplier=1.0, sample_rate=8 / 200, steps=3, delta=1e-5)
     learner = new(dp_config={**DP, "target_epsilon": most + 1e-3}, **LORA)

@@ -205,6 +205,25 @@ def test_what_stands_at_unsupervised_positions_has_no_influence() -> None:
         assert not gradient[0, 1:].any(), name
 
 
+@pytest.mark.parametrize("filler", [0.0, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("left_out", [0, 1, 12])
+def test_the_result_is_the_same_however_few_positions_are_unsupervised(filler, left_out) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 12, 50, generator=random).requires_grad_()
+    labels = torch.randint(50, (2, 12), generator=random)
+    labels.view(-1)[24 - left_out :] = IGNORED
+    where = labels != IGNORED
+    with torch.no_grad():
+        logits[~where] = filler
+    loss = resolve_loss("token_ce")(inputs_of(logits, labels, {})).loss
+    (gradient,) = torch.autograd.grad(loss, logits)
+    kept = logits.detach()[where].requires_grad_()
+    plain = torch.nn.functional.cross_entropy(kept, labels[where])
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient[where], torch.autograd.grad(plain, kept)[0], rtol=1e-5, atol=1e-9)
+    assert not gradient[~where].any()
+
+
 def test_half_precision_logits_are_summed_in_float32() -> None:
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 500, generator=random).bfloat16()

@@ -164,3 +164,22 @@ def test_names_are_known_without_torch() -> None:
         "import sys; import inft.client.losses.registry as r; assert r.loss_names(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_module_of_the_current_directory_is_found_and_stands_for_no_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here_client_losses.py").write_text("def mine(inputs): return inputs\n")
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    before = list(sys.path)
+    resolve_loss("token_ce")
+    with pytest.raises(UserError, match="not allowed"):
+        resolve_loss("here_client_losses:mine", allowed=("token_ce",))
+    assert sys.path == before, "what is not allowed, and what is ours, look nowhere else"
+    name = "here_client_losses:mine"
+    assert resolve_loss(name, allowed=("token_ce", name)).__module__ == "here_client_losses"
+    assert callable(resolve_loss("colorsys:rgb_to_hsv"))
+    assert sys.path == [*before, str(tmp_path)]
+    monkeypatch.delitem(sys.modules, "here_client_losses")

@@ -176,12 +176,16 @@ def test_faults_by_chance_lose_nothing(url: str, service: ServiceClient):
         assert len(proxy.requests) > 20
 
 
-def test_when_nobody_answers_the_timeout_holds_and_says_where(url: str, service: ServiceClient):
+def test_when_nobody_answers_the_timeout_holds_and_says_where(caplog: pytest.LogCaptureFixture):
     with ServiceClient({"base_url": "http://127.0.0.1:9", "timeout": 0.3}) as nowhere:
         begun = time.monotonic()
-        with pytest.raises(TimedOut, match=r"127\.0\.0\.1:9 did not answer.*inft serve"):
+        with pytest.raises(TimedOut, match=r"127\.0\.0\.1:9 refused the connection.*inft serve"):
             nowhere.list_training_clients()
         assert time.monotonic() - begun < 2
+    warnings = [record.getMessage() for record in caplog.records if record.name == "inft.client.sdk.http"]
+    assert len(warnings) == 1, "the first refusal is told at once, and the others are not"
+    assert "refused the connection" in warnings[0]
+    assert "It is tried again for 0 s" in warnings[0]
 
 
 def test_after_an_unanswered_operation_the_service_is_asked_for_the_number(url: str, service: ServiceClient):
@@ -387,3 +391,12 @@ def test_a_client_is_deleted_over_http_and_its_checkpoint_opens_elsewhere(servic
     with pytest.raises(NotFound):
         client.delete()
     assert service.create_training_client(CONFIG).load_state(saved.artifact_id).step == 1
+
+
+def test_an_operation_that_waits_for_a_number_says_so(url: str, service: ServiceClient):
+    client = service.create_training_client(CONFIG)
+    path = f"{url}/v1/training_clients/{client.id}/optim_step"
+    future = service.get_future(httpx.post(path, json={"seq": 3}, trust_env=False).json()["id"])
+    with pytest.raises(TimedOut, match="it waits for number 1, which has not come"):
+        future.result(timeout=0.05)
+    assert future.cancel()

@@ -129,7 +129,7 @@ def test_an_image_may_be_in_memory_or_a_file(tmp_path: Path):
     ("batch", "words"),
     [
         ({"input_ids": object()}, "input_ids holds object"),
-        ({"labels": [{1, 2}]}, "labels holds set"),
+        ({"labels": [{1, 2}]}, "labels: row 0 holds set"),
         ({"images": "photo.png"}, "images: give a list"),
         ({"images": [None, 7]}, "images: row 1"),
         ({"images": [Path("no such file.png")]}, "images: row 0"),

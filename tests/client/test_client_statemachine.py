@@ -2,13 +2,11 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from client_engine_help import CONFIG, TENANT, forward, open_engine, run
 from client_engine_process import EngineProcess, wait
 from hypothesis import HealthCheck, Phase, settings
@@ -227,14 +225,6 @@ def undisturbed(model: Model, config: dict[str, Any]) -> dict[int, Any]:
             if sent.kind == "save_state" and ended["status"] == "completed":
                 artifacts[number] = ended["result"]["artifact_id"]
     return outcomes
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def check(examples: int, steps: int) -> None:

@@ -1,7 +1,7 @@
 """A request's body: counted as it comes, and read as JSON that means one thing alone.
 
 Refused besides what is no JSON: numbers that are not finite or have more than 64 bits, names that are there twice,
-texts that UTF-8 cannot hold, and nesting past `MOST_DEPTH`.
+texts that UTF-8 cannot hold, nesting past `MOST_DEPTH`, and more lists and objects than `MOST_PARTS`.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from starlette.requests import Request
 from inft.client.errors import InvalidRequest, PayloadTooLarge, TimedOut, UnsupportedMediaType
 
 MOST_DEPTH = 64  # lists and objects in each other
+MOST_PARTS = 1_000_000  # lists and objects together: reading them takes many times the time of as many bytes of text
 SLOWEST_BODY = 120.0  # seconds in which a body must have come
 LARGEST_INT = 2**63 - 1
 
@@ -45,6 +46,8 @@ def refuse_body(request: Request) -> None:
 
 def parse_json(body: bytes) -> Any:
     """Return the plain values of a JSON text. Errors: InvalidRequest with the position or the field."""
+    if body.count(b"[") + body.count(b"{") > MOST_PARTS:  # those within texts count too, and are few
+        raise InvalidRequest(f"the body has more than {MOST_PARTS} lists and objects: send smaller batches.")
     try:
         values = _DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError as error:

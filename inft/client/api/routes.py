@@ -31,7 +31,8 @@ REASONS = {
     422: "Something in the request is wrong, or the operation failed on its contents.",
     429: "Too many requests, or too many operations waiting, of this tenant; Retry-After says how long to wait.",
     500: "The service failed.",
-    503: "The queue is full, or the service is closing; Retry-After says how long to wait.",
+    503: "The queue is full, the service is closing, or the client cannot be brought back now (client_unavailable); "
+    "Retry-After says how long to wait.",
     507: "The disk is full.",
 }
 
@@ -63,7 +64,11 @@ async def _read(request: Request) -> None:
     """Put the parsed body where FastAPI looks for it: it is parsed once, and under our rules."""
     service: Service = request.app.state.service
     body = await read_body(request, limit=service.params.max_body_bytes)
-    request._json = await service.call(lambda: parse_json(body)) if len(body) > LARGE else parse_json(body)
+    if len(body) > LARGE:
+        async with service.parsing:
+            request._json = await service.call(lambda: parse_json(body))
+    else:
+        request._json = parse_json(body)
     request._body = body
 
 

@@ -248,6 +248,7 @@ class ClientInfo(_Answer):
     dp_enabled: bool
     dp_metrics: DPMetrics | None
     next_seq: Annotated[int, Field(description="the next operation's number")]
+    next_run: Annotated[int, Field(description="the number that runs next: every smaller one is done")]
 
 
 class ClientList(_Answer):

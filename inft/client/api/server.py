@@ -15,6 +15,7 @@ from params.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LARGEST_PORT = 65_535
+MOST_CONNECTIONS = 1000  # at once; more are answered with 503 and no envelope
 GRACE_S = 10  # seconds that open requests have to end once the service closes
 
 
@@ -31,6 +32,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,  # an address that a caller may choose would get round the limits
                 ws="none",
                 lifespan="on",
+                limit_concurrency=MOST_CONNECTIONS,
                 timeout_graceful_shutdown=GRACE_S,
             )
         )

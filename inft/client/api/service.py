@@ -20,6 +20,7 @@ PLACES = 64  # long polls that wait at once; more of them take turns
 SLICE = 0.25  # seconds that a long poll waits before it looks whether its client is still there
 SHORTEST_SLICE = 0.02  # seconds
 FINISHED = ("completed", "failed", "cancelled")
+PARSED_AT_ONCE = 2  # large bodies; each holds the interpreter while it is read, and many times its size in memory
 MOST_TARGET = 200  # characters of a path in the audit log
 
 Result = TypeVar("Result")
@@ -89,6 +90,7 @@ class Service:
         self.tenants = Limiter(rate=params.rate_limit, burst=params.rate_burst)
         self.addresses = Limiter(rate=params.rate_limit, burst=params.rate_burst)
         self.waiting = 0  # long polls that are open
+        self.parsing = asyncio.Semaphore(PARSED_AT_ONCE)
         self.closing = False  # long polls are answered at once
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="inft-http")
         self._places = ThreadPoolExecutor(PLACES, thread_name_prefix="inft-poll")

@@ -34,6 +34,11 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))  # float32 or int64, B rows
 
     @property
+    def rows(self) -> int:
+        """B, the number of rows."""
+        return len(self.input_ids_BT)
+
+    @property
     def tokens(self) -> int:
         """The number of real tokens."""
         return int(self.attention_mask_BT.sum())

@@ -44,5 +44,6 @@ def contrastive(
         per_example_B=losses_P.new_empty(inputs.rows).index_put((both,), losses_P.repeat(2)),
         metrics={"accuracy": float(found.correct_B.double().mean())},
         denominator=len(losses_P),
+        unit="pairs",
         separable=False,
     )

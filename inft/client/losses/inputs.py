@@ -9,6 +9,7 @@ Axes: B rows, T positions, V vocabulary, H hidden size.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from inft.client.losses.registry import Loss
 from params.errors import UserError
 
+Unit = Literal["tokens", "rows", "pairs"]
 IGNORED = -100  # the label of a position that is not supervised, as in torch and transformers
 
 
@@ -59,7 +61,8 @@ class LossOutput:
     loss: Tensor  # scalar
     per_example_B: Tensor | None = None  # each row's own loss, for clipping; None: the loss cannot be used with privacy
     metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    denominator: int | None = None  # what `loss` was divided by: tokens, rows or pairs; None: a sum, which adds up
+    denominator: int | None = None  # what `loss` was divided by; None: a sum, which adds up
+    unit: Unit = "tokens"  # what `denominator` counts: a mean over tokens and one over rows have no common scale
     separable: bool = True  # a row's loss depends on that row alone: without this, clipping rows bounds nothing
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ def evaluate_loss(loss: Loss, inputs: LossInputs, *, name: str = "loss") -> Loss
     """Return what `loss` makes of `inputs`, checked as a user's own function needs it.
 
     Errors: UserError when it returns no LossOutput, other than B per-example losses, losses without a gradient although
-    the logits or hidden states have one, a denominator that is no count, or a metric that is no number.
+    the logits or hidden states have one, a denominator that is no count, another unit, or a metric that is no number.
     """
     output = loss(inputs)
     if not isinstance(output, LossOutput):
@@ -98,6 +101,8 @@ def _require_plain(output: LossOutput, name: str) -> None:
     denominator = output.denominator
     if denominator is not None and (type(denominator) is not int or denominator < 1):
         raise UserError(f"loss {name!r}: denominator is {denominator!r:.60}: give a whole number above 0, or None.")
+    if output.unit not in get_args(Unit):
+        raise UserError(f"loss {name!r}: unit is {output.unit!r:.60}: give one of {', '.join(get_args(Unit))}.")
     for key, value in output.metrics.items():
         if not isinstance(key, str) or type(value) not in (int, float):
             raise UserError(f"loss {name!r}: metric {key!r} is {type(value).__name__}: give float(...) under a name.")

@@ -34,6 +34,7 @@ def margin_ranking(inputs: LossInputs, *, margin: float = 1.0) -> LossOutput:
         per_example_B=per_example_B,
         metrics={"accuracy": float((gap_P > 0).double().mean()), "log_ratio": float(gap_P.detach().mean())},
         denominator=len(losses_P),
+        unit="pairs",
         separable=False,
     )
 

@@ -31,7 +31,7 @@ def mse(inputs: LossInputs) -> LossOutput:
         per_example_B = _against_logits(inputs, tokens, targets)
     else:
         per_example_B = _against_scores(inputs, tokens)
-    return LossOutput(loss=per_example_B.mean(), per_example_B=per_example_B, denominator=inputs.rows)
+    return LossOutput(loss=per_example_B.mean(), per_example_B=per_example_B, denominator=inputs.rows, unit="rows")
 
 
 def _against_scores(inputs: LossInputs, tokens: SupervisedTokens) -> Tensor:

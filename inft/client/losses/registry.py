@@ -4,6 +4,8 @@ import difflib
 import functools
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from types import ModuleType
@@ -53,7 +55,8 @@ def resolve_loss(
     """Return the loss that a name, a function or ``pkg.mod:fn`` stands for.
 
     `allowed` is a server's list of names and ``pkg.mod:fn``: nothing else is resolved, and no other module is imported.
-    None, in process, allows everything. `options` are keyword arguments of the loss, such as ``{"margin": 0.5}``.
+    None, in process, allows everything. A module is looked for among the installed ones and in the current directory.
+    `options` are keyword arguments of the loss, such as ``{"margin": 0.5}``.
     Errors: UserError for an unknown name, with the nearest; for what is not allowed; for a module that cannot be
     imported, a function that it does not have, and an option that the loss does not take or of another kind.
     """
@@ -86,6 +89,8 @@ def _named(name: str) -> Loss:
     module_name, _, attribute = place.rpartition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise UserError(f"loss {name!r}: expected module:function, such as my_losses:focal.")
+    if name not in BUILT_IN:
+        _look_here()
     module = _module(module_name, name)
     if not hasattr(module, attribute):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -93,12 +98,19 @@ def _named(name: str) -> Loss:
     return _checked(getattr(module, attribute), name)
 
 
+def _look_here() -> None:
+    here = os.getcwd()
+    if here not in sys.path:  # last, so that a file here stands for no installed module; console scripts leave it out
+        sys.path.append(here)
+
+
 def _module(module_name: str, name: str) -> ModuleType:
     try:
         return import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(f"loss {name!r}: there is no module {error.name}: install it, or mend the name.") from error
+            places = f"neither installed nor in {os.getcwd()}"
+            raise UserError(f"loss {name!r}: there is no module {error.name}, {places}: mend the name.") from error
         raise UserError(f"loss {name!r}: importing {module_name} needs {error.name}: install it.") from error
     except (Exception, SystemExit) as error:  # whatever the user's module does at its import
         said = f"{type(error).__name__}: {error}"

@@ -1,8 +1,9 @@
 """What losses share: log-probabilities of the supervised tokens, checked extras, and rows in pairs.
 
-Unsupervised positions are left out by indexing, not by a product with 0: they may hold anything, NaN included.
+Unsupervised positions are left out by indexing, not by a product with 0, unless their logits are finite: they may
+hold anything, NaN included.
 
-Axes: B rows, T positions, V vocabulary, N supervised tokens of all rows in order, P pairs.
+Axes: B rows, T positions, M those of all rows, V vocabulary, N supervised tokens of all rows in order, P pairs.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from inft.client.losses.inputs import IGNORED, LossInputs
 from params.errors import UserError
+
+FEW_LEFT_OUT = 0.125  # share of positions up to which computing them takes less time than copying the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +56,24 @@ def supervised_tokens(inputs: LossInputs) -> SupervisedTokens:
             f"labels: no token of the batch is supervised: label what is to be learned with its id, not {IGNORED}. The "
             "first token of a row does not count, since nothing stands before it to predict it."
         )
-    logits_NV = inputs.logits_BTV[where_BT]
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    logprobs_N = -F.cross_entropy(logits_NV, labels_BT[where_BT].long(), reduction="none")
+    logprobs_N = _label_logprobs(inputs.logits_BTV.flatten(0, 1), labels_BT.flatten().long(), where_BT.flatten())
     return SupervisedTokens(where_BT=where_BT, logprobs_N=logprobs_N)
+
+
+def _label_logprobs(logits_MV: Tensor, labels_M: Tensor, where_M: Tensor) -> Tensor:
+    """Return log p(label) [N] at the positions `where_M`, of M = B·T.
+
+    Where few are left out, reckoning all spares a copy of the logits and of their gradient, with the same result; but
+    a position left out gets the gradient 0·logit then, which is right for finite logits only.
+    """
+    precise = torch.promote_types(logits_MV.dtype, torch.float32)
+    left_out = (~where_M).nonzero().squeeze(1)
+    few = len(left_out) <= FEW_LEFT_OUT * len(where_M)
+    if few and bool(logits_MV.detach().index_select(0, left_out).isfinite().all()):
+        losses_M = F.cross_entropy(logits_MV.to(precise), labels_M, ignore_index=IGNORED, reduction="none")
+        return -losses_M[where_M]
+    logits_NV = logits_MV.index_select(0, where_M.nonzero().squeeze(1)).to(precise)
+    return -F.cross_entropy(logits_NV, labels_M[where_M], reduction="none")
 
 
 def require_supervised_rows(tokens: SupervisedTokens) -> None:

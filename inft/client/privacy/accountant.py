@@ -44,6 +44,7 @@ class Accountant:
     def __init__(self, mechanism: AccountantName = "prv") -> None:
         _check_mechanism(mechanism)
         self.mechanism: AccountantName = mechanism
+        self.bound: AccountantName = mechanism  # what gave the last ε: rdp too where prv's grid would not fit
         self.history: list[Run] = []
         # What `allows` last found: (σ, q, δ, target) and the number of steps up to which such steps keep the target.
         self._allowed: tuple[tuple[float, float, float, float], int] | None = None
@@ -61,13 +62,20 @@ class Accountant:
         self.history = _with_steps(self.history, noise_multiplier, sample_rate, 1)
 
     def epsilon(self, delta: float) -> float:
-        """Return the ε at `delta` of the steps so far."""
-        return _epsilon(self.history, delta, self.mechanism)
+        """Return the ε at `delta` of the steps so far; by RDP, as valid and larger, where PRV cannot give it."""
+        return self._bounded(self.history, delta)
+
+    def _bounded(self, history: Sequence[Run], delta: float) -> float:
+        try:
+            found, self.bound = _epsilon(history, delta, self.mechanism), self.mechanism
+        except TooLittleNoise:
+            found, self.bound = _epsilon(history, delta, "rdp"), "rdp"
+        return found
 
     def epsilon_after(self, delta: float, *, noise_multiplier: float, sample_rate: float, steps: int = 1) -> float:
         """Return the ε at `delta` that so many more steps would bring about; nothing is recorded."""
         check_step(noise_multiplier, sample_rate)
-        return _epsilon(_with_steps(self.history, noise_multiplier, sample_rate, steps), delta, self.mechanism)
+        return self._bounded(_with_steps(self.history, noise_multiplier, sample_rate, steps), delta)
 
     def allows(self, *, target_epsilon: float, delta: float, noise_multiplier: float, sample_rate: float) -> bool:
         """Whether one more step keeps ε at or below the target.
@@ -80,14 +88,7 @@ class Accountant:
             return True
 
         def keeps(steps: int) -> bool:
-            try:
-                after = self.epsilon_after(
-                    delta, noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps
-                )
-            except TooLittleNoise:
-                if steps == 1:
-                    raise
-                return False
+            after = self.epsilon_after(delta, noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
             return after <= target_epsilon
 
         if not keeps(1):

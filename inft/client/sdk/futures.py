@@ -71,7 +71,8 @@ class Future(Generic[Result]):
     def result(self, timeout: float | None = None) -> Result:
         """Return the result, waiting for it at most `timeout` seconds (None: as long as it takes).
 
-        Errors: TimedOut, which leaves the operation as it is; OperationCancelled; or what the operation failed with.
+        Errors: TimedOut and ClientUnavailable, which leave the operation as it is; OperationCancelled; or what the
+        operation failed with.
         """
         error = self.exception(timeout)
         if error is not None:
@@ -119,8 +120,7 @@ class Future(Generic[Result]):
             info = self._keep(self._transport.wait(self.id, left))
             if info["status"] not in FINISHED and deadline is not None and time.monotonic() >= deadline:
                 raise TimedOut(
-                    f"{self.kind} ({self.id}) is {info['status']} after {timeout:g} s; it goes on: ask again, or wait "
-                    "longer.",
+                    f"{self.kind} ({self.id}) is {info['status']} after {timeout:g} s; {_prospect(info)}",
                     future_id=self.id,
                 )
         return self._info
@@ -151,3 +151,11 @@ class Future(Generic[Result]):
             fn(self)
         except Exception:  # noqa: BLE001 - whatever the user's function raises, where nobody would see it
             _log.exception("a callback of %s raised", self.id)
+
+
+def _prospect(info: Values) -> str:
+    """What an operation that has not ended is there for."""
+    missing = info.get("waits_for")
+    if missing is None:
+        return "it goes on: ask again, or wait longer."
+    return f"it waits for number {missing}, which has not come: send that, or cancel this one."

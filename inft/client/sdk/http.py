@@ -3,10 +3,12 @@
 An operation carries its number, so that the service knows a repetition. A request that cannot be answered within the
 time leaves open whether its number was used: the next one asks the service first.
 
-Retried, with the pause the service names or one that doubles: failed connections, 429, 502, 503 and 504.
+Retried, with the pause the service names or one that doubles: failed connections, 429, 502, 503 and 504; not a client
+that cannot be brought back, which is told at once.
 """
 
 import json
+import logging
 import random
 import threading
 import time
@@ -18,7 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from inft.client.errors import ClientError, Closed, InternalError, InvalidRequest, RateLimited, TimedOut, error_of
+from inft.client.errors import (
+    ClientError,
+    ClientUnavailable,
+    Closed,
+    InternalError,
+    InvalidRequest,
+    RateLimited,
+    TimedOut,
+    error_of,
+)
 from inft.client.sdk.archive import unpack
 from inft.client.sdk.seeds import same_random
 from inft.client.sdk.transport import FINISHED, Values, plain_id
@@ -32,6 +43,7 @@ CONNECT = 10.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds
 RETRIED = (429, 502, 503, 504)
 JITTER = random.SystemRandom()  # leaves the numbers of Python's own random to the program
+_log = logging.getLogger(__name__)
 
 
 class _Numbers:
@@ -173,7 +185,7 @@ class HttpTransport:
         content = None if body is None else _encoded(body)
         timeout = httpx.Timeout(self._timeout + held_open, connect=CONNECT)
         deadline = time.monotonic() + (self._timeout if within is None else within)
-        pause = FIRST_PAUSE
+        pause, warned = FIRST_PAUSE, False
         while True:
             try:
                 answer = self._http.request(method, path, content=content, headers=headers, timeout=timeout)
@@ -183,8 +195,13 @@ class HttpTransport:
                 wanted = _retry_after(answer, trouble)
                 if isinstance(trouble, RateLimited) and "retry_after" not in trouble.details:
                     raise trouble  # a limit that waiting does not lift
+                if isinstance(trouble, ClientUnavailable):
+                    raise trouble  # for its owner to decide about
             except httpx.TransportError as error:
                 trouble, wanted = _unreachable(self._url, error), None
+                if isinstance(error, httpx.ConnectError) and not warned:
+                    _log.warning("%s It is tried again for %.0f s.", trouble, max(0.0, deadline - time.monotonic()))
+                    warned = True
             # Jitter keeps many clients from coming back at the same moment.
             seconds = pause * JITTER.uniform(0.5, 1.0) if wanted is None else wanted
             if time.monotonic() + seconds > deadline:
@@ -224,6 +241,8 @@ def _loopback(host: str) -> bool:
 def _encoded(body: Values) -> bytes:
     try:
         return json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("the request holds half of a surrogate pair: give whole characters.") from error
     except ValueError as error:
         raise InvalidRequest(f"the request holds what JSON cannot ({error}): give finite numbers.") from error
 
@@ -252,8 +271,14 @@ def _not_ours(answer: "httpx.Response") -> InternalError:
 
 
 def _unreachable(url: str, error: Exception) -> TimedOut:
+    import httpx
+
     said = f"{type(error).__name__}: {error}"
-    return TimedOut(f"{url} did not answer in time ({said}). Is `inft serve` running there?")
+    if not isinstance(error, httpx.ConnectError):
+        what = "did not answer in time"
+    else:
+        what = "refused the connection" if "refused" in said.lower() else "could not be reached"
+    return TimedOut(f"{url} {what} ({said}). Is `inft serve` running there?")
 
 
 def _retry_after(answer: "httpx.Response", error: ClientError) -> float | None:

@@ -1,7 +1,7 @@
 """Where training clients come from: a service at a URL, or an engine in this process."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +16,13 @@ from inft.client.sdk.seeds import drawn_seed
 from inft.client.sdk.settings import LOCAL_TENANT, settings_of
 from inft.client.sdk.training import TrainingClient
 from inft.client.sdk.transport import Transport, Values, plain_id
+from inft.client.sdk.values import plain_value
 from inft.training.storage import staged
 from params.client import TrainingConfig
 from params.errors import UserError
 
 ANSWER_WITHIN = 60.0  # seconds for which a request is repeated, where no timeout is given
+MOST_ENTRIES = 1000  # of the audit log in one answer
 
 
 class ServiceClient:
@@ -97,8 +99,8 @@ class ServiceClient:
         return Future(self._transport, info, RESULTS[info["kind"]])
 
     def get_audit_logs(self, after: int = 0, limit: int = 100) -> list[Values]:
-        """Return the entries of the audit log with numbers above `after`, oldest first, `limit` at the most."""
-        return self._transport.audit_logs(after, limit)
+        """Return the entries of the audit log with numbers above `after`, oldest first, `limit` (1 to 1000) at most."""
+        return self._transport.audit_logs(_whole("after", after, 0, 2**53 - 1), _whole("limit", limit, 1, MOST_ENTRIES))
 
     def pull_artifact(self, artifact_id: str, directory: str | PathLike[str]) -> Path:
         """Put a checkpoint into a new directory, `directory`/`artifact_id`, and return that.
@@ -121,17 +123,14 @@ class ServiceClient:
 def _plain_config(config: Mapping[str, Any] | TrainingConfig) -> Values:
     """The configuration as JSON has it; its sections may be dataclasses, its sequences tuples."""
     if isinstance(config, TrainingConfig):
-        return _plain(asdict(config))
+        config = asdict(config)
     if not isinstance(config, Mapping):
         raise UserError(f"a training configuration is a mapping or a TrainingConfig, not {type(config).__name__}.")
-    return {str(name): _plain(value) for name, value in config.items()}
+    return {str(name): plain_value(value, name=str(name)) for name, value in config.items()}
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, PathLike) else value
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    found = plain_value(value, name=name)
+    if type(found) is not int or not least <= found <= most:
+        raise UserError(f"{name} is {value!r:.60}: give a whole number from {least} to {most}.")
+    return found

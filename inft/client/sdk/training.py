@@ -111,8 +111,8 @@ class TrainingClient:
 
         `learning_rate` is for this step alone. `apply_dp_noise=False` counts as a step without privacy.
         """
-        payload = {"apply_dp_noise": apply_dp_noise, "learning_rate": plain_value(learning_rate, name="learning_rate")}
-        return self._submit("optim_step", payload)
+        payload = {"apply_dp_noise": apply_dp_noise, "learning_rate": learning_rate}
+        return self._submit("optim_step", _plain(payload))
 
     def poisson_batches(self, rows: int) -> Iterator[list[int]]:
         """Yield the row numbers of each step without end, drawn as this client's privacy is counted.
@@ -152,17 +152,17 @@ class TrainingClient:
         drawn from Python's random. Errors: UserError that names the field; TimedOut after the ServiceClient's timeout.
         """
         payload = {
-            "prompts": plain_value(prompts, name="prompts"),
-            "images": plain_images(images),
+            "prompts": prompts,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,
-            "stop_sequences": plain_value([] if stop_sequences is None else stop_sequences, name="stop_sequences"),
+            "stop_sequences": [] if stop_sequences is None else stop_sequences,
             "seed": drawn_seed() if seed is None else seed,
             "num_samples": num_samples,
             "include_logprobs": include_logprobs,
         }
+        payload = _plain(payload) | {"images": plain_images(images)}
         found: SampleResult = self._submit("sample", payload).result(self._timeout)
         return found
 
@@ -171,8 +171,8 @@ class TrainingClient:
 
         Without the optimizer it holds the adapter alone. Errors: StorageFull, which leaves nothing half-written.
         """
-        payload = {"include_optimizer": include_optimizer, "metadata": plain_value(metadata or {}, name="metadata")}
-        found: SaveStateResult = self._submit("save_state", payload).result(self._timeout)
+        payload = {"include_optimizer": include_optimizer, "metadata": {} if metadata is None else metadata}
+        found: SaveStateResult = self._submit("save_state", _plain(payload)).result(self._timeout)
         return found
 
     def load_state(self, artifact_id: str) -> LoadStateResult:
@@ -180,7 +180,7 @@ class TrainingClient:
 
         Errors: NotFound; UserError for a checkpoint of another base, rank or privacy, and for a damaged one.
         """
-        found: LoadStateResult = self._submit("load_state", {"artifact_id": artifact_id}).result(self._timeout)
+        found: LoadStateResult = self._submit("load_state", _plain({"artifact_id": artifact_id})).result(self._timeout)
         return found
 
     def _submit(self, kind: str, payload: Values, *, loss: Callable[..., Any] | None = None) -> Future[Any]:
@@ -196,3 +196,7 @@ class TrainingClient:
         if self._stale:
             self.refresh()
         return self._info
+
+
+def _plain(payload: Values) -> Values:
+    return {name: plain_value(value, name=name) for name, value in payload.items()}
