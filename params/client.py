@@ -94,6 +94,7 @@ class EngineParams:
     max_pending: Count = 1024  # operations that wait, of all tenants
     max_pending_per_tenant: Count = 256  # operations that wait, of one tenant
     max_clients_per_tenant: Count = 1024  # training clients of one tenant
+    max_attempts: Count = 5  # processes that an operation may end by running before it is given up
     durable: bool = False  # wait for the disk at each commit: survives a power cut too, not only a killed process
 
 

@@ -41,7 +41,6 @@ from params.errors import UserError
 logger = logging.getLogger(__name__)
 
 OPERATIONS_A_STEP = 4  # as many operations without a step count as one, for the interval between snapshots
-MOST_ATTEMPTS = 5  # processes that an operation may end before it is given up, so that the others can run
 RETRY_S = 1.0  # pause before an outcome that the disk did not take is tried again
 
 
@@ -182,7 +181,7 @@ class Worker:
         columns: dict[str, Any] = {"next_run": row.seq + 1}
         resident = None
         try:
-            _refuse_deadly(row)
+            self._refuse_deadly(row)
             _refuse_poisoned(client, row)
             self._refuse_half_a_batch(client, row)
             resident = self._resident(client, row)
@@ -199,6 +198,15 @@ class Worker:
             return self._failed(row, error, resident)
         finished = replace(row, status=COMPLETED, finished_at=now(), result=result)
         return Outcome(row=finished, client=columns, artifact=artifact)
+
+    def _refuse_deadly(self, row: OperationRow) -> None:
+        """Refuse what has ended the process again and again, so that the others can run."""
+        if row.attempts >= self._params.max_attempts:
+            raise InternalError(
+                f"the process has ended {row.attempts} times while this ran, so it is not tried again: send fewer or "
+                "shorter rows, should memory be the reason.",
+                attempts=row.attempts,
+            )
 
     def _refuse_half_a_batch(self, client: ClientRow, row: OperationRow) -> None:
         """Refuse a private step after a forward_backward that failed: it would spend the budget on noise alone."""
@@ -293,15 +301,6 @@ def _answer(function: Callable[[], Any], future: "Future[Any]") -> None:
         future.set_result(function())
     except (Exception, SystemExit) as error:  # noqa: BLE001 - raised where the call was made
         future.set_exception(error)
-
-
-def _refuse_deadly(row: OperationRow) -> None:
-    if row.attempts >= MOST_ATTEMPTS:
-        raise InternalError(
-            f"the process has ended {row.attempts} times while this ran, so it is not tried again: send fewer or "
-            "shorter rows, should memory be the reason.",
-            attempts=row.attempts,
-        )
 
 
 def _refuse_poisoned(client: ClientRow, row: OperationRow) -> None:
