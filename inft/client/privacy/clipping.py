@@ -149,6 +149,8 @@ class _Kept:
         # Calls of one weight add up, as their tokens do. float32: what is summed must be what was measured.
         fine = torch.promote_types(self.pairs[0][1].dtype, torch.float32)
         x, g = zip(*self.pairs, strict=True)
+        if len(x) == 1:  # nearly always, and to join one would copy it
+            return x[0].to(fine), g[0].to(fine)
         return torch.cat(x, 1).to(fine), torch.cat(g, 1).to(fine)
 
 
