@@ -163,6 +163,17 @@ def test_a_request_that_fails_is_repeated_and_done_once(url: str, service: Servi
     assert repeated[0] == repeated[1], "a repeated request keeps its id"
 
 
+def test_a_lost_answer_to_a_creation_makes_no_second_client(url: str, service: ServiceClient):
+    before = len(service.list_training_clients())
+    with (
+        proxied(url, lambda number, path: "lose answer" if number == 0 else "") as (unsafe, _),
+        ServiceClient(unsafe) as shaky,
+    ):
+        client = shaky.create_training_client(CONFIG)
+        assert trained(client) == trained(service.create_training_client(CONFIG))
+    assert len(service.list_training_clients()) == before + 2
+
+
 def test_faults_by_chance_lose_nothing(url: str, service: ServiceClient):
     expected = trained(service.create_training_client(CONFIG), steps=5)
     dice = random.Random(4)
