@@ -28,9 +28,8 @@ Examples:
   inft serve --host 0.0.0.0 --api-key-file keys.txt --model demo=embedded/text
 
 \b
-A file of keys has lines of a tenant's name and its key, and chmod 600:
-  ada   tml-2vK8wRk0fX5sYq3d
-  grace tml-Z0pQm7uH4nB9cLx1
+A file of keys has a line for each tenant, its name and its key:
+  (umask 077; python -c "import secrets; print('ada', 'tml-' + secrets.token_urlsafe(24))" >> keys.txt)
 """
 _SCHEMA = Schema(object, {"engine": EngineParams, "serve": ServeParams}, "--{}")
 _TEXTS = {text.name.partition(".")[2]: text for section in _SCHEMA.sections for text in describe(section, _SCHEMA)}
@@ -74,13 +73,22 @@ def serve(
     device: Annotated[str | None, _option("device", "auto|cpu|cuda")] = None,
     dtype: Annotated[str | None, _option("dtype", "auto|float32|bfloat16")] = None,
     quantize: Annotated[bool, _flag("quantize", "Load the base in 4 bit (NF4), for QLoRA.")] = False,
-    durable: Annotated[bool, _flag("durable", "Wait for the disk at each commit: survives a power cut too.")] = False,
+    durable: Annotated[
+        bool,
+        typer.Option(
+            "--durable/--no-durable",
+            help="Wait for the disk at each request, which survives a power cut too; a killed process loses nothing "
+            "either way (default durable).",
+            show_default=False,
+        ),
+    ] = True,
     snapshot_steps: Annotated[str | None, _option("snapshot_steps", "N")] = None,
     max_resident_clients: Annotated[str | None, _option("max_resident_clients", "N")] = None,
     max_pending: Annotated[str | None, _option("max_pending", "N")] = None,
     max_pending_per_tenant: Annotated[str | None, _option("max_pending_per_tenant", "N")] = None,
     max_clients_per_tenant: Annotated[str | None, _option("max_clients_per_tenant", "N")] = None,
     max_batch_tokens: Annotated[str | None, _option("max_batch_tokens", "N")] = None,
+    max_attempts: Annotated[str | None, _option("max_attempts", "N")] = None,
     rate_limit: Annotated[str | None, _option("rate_limit", "X")] = None,
     rate_burst: Annotated[str | None, _option("rate_burst", "N")] = None,
     max_body_bytes: Annotated[str | None, _option("max_body_bytes", "N")] = None,

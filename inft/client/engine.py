@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,7 +136,7 @@ class Engine:
     def load_models(self) -> list[str]:
         """Load the models that `params.models` names; return all names that are offered."""
         for name in self.params.models:
-            self._bases.get(name)
+            self._worker.call(partial(self._bases.get, name))
         return self._bases.names()
 
     def create_client(
