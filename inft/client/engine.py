@@ -6,7 +6,6 @@ process is killed meanwhile. Values in and out are plain JSON ones.
 """
 
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,11 +19,20 @@ from typing import Any
 
 from inft.client.bases import Bases
 from inft.client.clients import Clients
-from inft.client.errors import Closed, Conflict, InternalError, InvalidRequest, NotFound, QueueFull, RateLimited
+from inft.client.errors import (
+    Closed,
+    Conflict,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    QueueFull,
+    RateLimited,
+    error_of,
+)
 from inft.client.operations import (
     FORWARD_BACKWARD,
     LOAD_STATE,
-    SAMPLE,
+    as_run,
     audit_entry,
     canonical,
     check_operation,
@@ -32,6 +40,7 @@ from inft.client.operations import (
     has_images,
     new_id,
     now,
+    refuse_too_many,
 )
 from inft.client.residents import Residents
 from inft.client.running import Running
@@ -203,18 +212,15 @@ class Engine:
         if seq is not None and (before := self._repeated(client, seq, known)):
             return before
         self._refuse_when_closing()
-        self._refuse_when_full(tenant)
+        self._refuse_when_full(client, seq)
         prepared = self._checked(client, kind, payload, loss)
         if has_images(payload):
             prepared = None  # decoded images take a thousand times their file: they are decoded again when it is run
-        values = (
-            {**payload, "seed": secrets.randbits(31)} if kind == SAMPLE and payload.get("seed") is None else payload
-        )
         with self._changed:
             if seq is not None and (before := self._repeated(client, seq, known)):  # one that came meanwhile
                 return before
             self._refuse_when_closing()
-            self._refuse_when_full(tenant)
+            self._refuse_when_full(client, seq)
             if client_id in self._deleting:
                 raise NotFound(f"there is no training client {client_id!r:.80}.")
             self._line(self._clients.row(tenant, client_id))
@@ -224,7 +230,7 @@ class Engine:
                 client_id=client_id,
                 seq=number,
                 kind=kind,
-                payload=dict(values),
+                payload=as_run(kind, payload),
                 digest=known,
                 volatile=loss is not None,
                 created_at=now(),
@@ -258,16 +264,8 @@ class Engine:
             self.artifact(client.tenant, payload["artifact_id"])
         prepared = check_operation(base, config, kind, payload, loss=loss, allowed_losses=self.params.losses)
         if kind == FORWARD_BACKWARD:
-            self._refuse_too_many(prepared.model_batch.batch.input_ids_BT.numel())
+            refuse_too_many(prepared.model_batch.batch.input_ids_BT.numel(), self.params.max_batch_tokens)
         return prepared
-
-    def _refuse_too_many(self, tokens: int) -> None:
-        most = self.params.max_batch_tokens
-        if tokens > most:
-            raise InvalidRequest(
-                f"the batch has {tokens} tokens with its padding, and {most} are taken at once (max_batch_tokens): "
-                "send fewer or shorter rows in each of several forward_backwards, whose gradients add up."
-            )
 
     def _number(self, client: ClientRow, seq: int | None) -> int:
         if seq is None:
@@ -310,7 +308,7 @@ class Engine:
             with self._changed:
                 parked = self._schedule.parked(operation.row.client_id)
             if parked is not None:
-                raise parked
+                raise error_of(parked.as_dict())
         return self.future(tenant, future_id)
 
     def cancel(self, tenant: str, future_id: str) -> bool:
@@ -387,8 +385,11 @@ class Engine:
         if self._closing:
             raise Closed("the engine is shutting down: what it has accepted runs when it is started again.")
 
-    def _refuse_when_full(self, tenant: str) -> None:
-        if self._schedule.pending(tenant) >= self.params.max_pending_per_tenant:
+    def _refuse_when_full(self, client: ClientRow, seq: int | None) -> None:
+        with self._changed:
+            if seq is not None and self._schedule.lacks(client.id, seq):
+                return  # the others of its client wait for it: refused, they would never make room
+        if self._schedule.pending(client.tenant) >= self.params.max_pending_per_tenant:
             raise RateLimited(
                 f"{self.params.max_pending_per_tenant} operations of this tenant are waiting: wait for results.",
                 retry_after=RETRY_AFTER_S,

@@ -83,6 +83,22 @@ def _words(kinds: tuple[type, ...]) -> str:
     return " or ".join(names[kind] for kind in kinds if kind in names)
 
 
+def refuse_too_many(tokens: int, most: int) -> None:
+    """Raise InvalidRequest for a batch of more tokens, padding included, than are taken at once."""
+    if tokens > most:
+        raise InvalidRequest(
+            f"the batch has {tokens} tokens with its padding, and {most} are taken at once (max_batch_tokens): send "
+            "fewer or shorter rows in each of several forward_backwards, whose gradients add up."
+        )
+
+
+def as_run(kind: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the payload as it is kept and run: with a seed where a sample has none, so that it runs again alike."""
+    if kind == SAMPLE and payload.get("seed") is None:
+        return {**payload, "seed": secrets.randbits(31)}
+    return dict(payload)
+
+
 def has_images(payload: Mapping[str, Any]) -> bool:
     """Whether images are sent with a batch or with prompts."""
     batch = payload.get("batch")

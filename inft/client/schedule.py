@@ -69,6 +69,11 @@ class Schedule:
             self._lines[client_id] = Line(next_run=next_run)
         return self._lines[client_id]
 
+    def lacks(self, client_id: str, seq: int) -> bool:
+        """Whether that number is the one that a client's open operations wait for."""
+        line = self._lines.get(client_id)
+        return line is not None and bool(line.open) and line.next_run == seq and seq not in line.open
+
     def knows(self, client_id: str) -> bool:
         """Whether the client has a line."""
         return client_id in self._lines

@@ -363,3 +363,17 @@ def test_a_loss_that_is_not_allowed_is_refused_when_the_client_is_made(tmp_path)
         for loss in ("os:system", "mse"):
             with pytest.raises(UserError, match="not allowed"):
                 engine.create_client(TENANT, CONFIG | {"loss": loss})
+
+
+def test_a_full_queue_takes_the_number_that_the_others_wait_for(tmp_path):
+    with open_engine(tmp_path, max_pending=3, max_pending_per_tenant=2) as engine:
+        client, other = engine.create_client(TENANT, CONFIG)["id"], engine.create_client("other", CONFIG)["id"]
+        late = [engine.submit(TENANT, client, "forward_backward", forward(seq), seq=seq) for seq in (3, 4)]
+        engine.submit("other", other, "optim_step", {}, seq=2)
+        with pytest.raises(RateLimited):
+            engine.submit(TENANT, client, "forward_backward", forward(2), seq=2)
+        run(engine, client, "forward_backward", forward(1), seq=1)
+        with pytest.raises(RateLimited):
+            engine.submit(TENANT, client, "forward_backward", forward(5), seq=5)
+        run(engine, client, "forward_backward", forward(2), seq=2)
+        assert engine.wait(TENANT, late[1]["id"], SECONDS)["result"]["accumulated"] == 4
