@@ -178,8 +178,8 @@ def run_on(bound: "socket.socket", engine_params: EngineParams, params: ServePar
     from inft.training.quiet import quiet_libraries
 
     quiet_libraries(progress_bars=False)
-    with Engine(engine_params) as engine:
-        names = engine.load_models()
+    with Engine(engine_params, preload=True) as engine:
+        names = engine.health()["models"]
         pending = engine.health()["pending"]
 
         def ready() -> None:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,12 +60,12 @@ Values = dict[str, Any]
 
 
 class Engine:
-    """Training clients of many tenants on models that are loaded once.
+    """Training clients of many tenants on models that are loaded once, at their first use or, with `preload`, here.
 
     Errors: UserError where the state directory is in use, is no directory, or cannot be read.
     """
 
-    def __init__(self, params: EngineParams | None = None) -> None:
+    def __init__(self, params: EngineParams | None = None, *, preload: bool = False) -> None:
         self.params = params or EngineParams()
         self.directory = Path(self.params.state_dir).expanduser()
         if find_spec("peft") is None:
@@ -83,6 +82,8 @@ class Engine:
             self._store = Store(self.directory, durable=self.params.durable)
             opening.callback(self._store.close)
             self._bases = Bases(self.params)
+            for name in self.params.models if preload else ():
+                self._bases.get(name)
             self._residents = Residents(self._store, self._bases, self.directory, self.params)
             self._schedule = Schedule()
             running = Running(self.directory)
@@ -141,12 +142,6 @@ class Engine:
         line.advance()
 
     # Models and clients
-
-    def load_models(self) -> list[str]:
-        """Load the models that `params.models` names; return all names that are offered."""
-        for name in self.params.models:
-            self._worker.call(partial(self._bases.get, name))
-        return self._bases.names()
 
     def create_client(
         self, tenant: str, config: Mapping[str, Any] | TrainingConfig, *, request_id: str | None = None

@@ -7,6 +7,7 @@ import time
 import pytest
 from client_engine_help import CONFIG, SECONDS, TENANT, batch, forward, open_engine, result, run, train
 
+from inft.client.engine import Engine
 from inft.client.errors import (
     ClientError,
     Conflict,
@@ -16,6 +17,7 @@ from inft.client.errors import (
     RateLimited,
 )
 from inft.client.losses.inputs import LossOutput
+from params.client import EngineParams
 from params.errors import UserError
 
 
@@ -285,7 +287,7 @@ def test_an_unknown_model_is_refused_before_a_client_exists(engine, tmp_path):
 
 def test_a_service_offers_the_models_it_names_alone(tmp_path):
     with open_engine(tmp_path, models={"small": "embedded/text"}, any_model=False) as engine:
-        assert engine.load_models() == ["small"]
+        assert engine.health()["models"] == ["small"]
         with pytest.raises(InvalidRequest, match="small"):
             engine.create_client(TENANT, CONFIG)
         assert engine.create_client(TENANT, CONFIG | {"model_ref": "small"})["config"]["model_ref"] == "small"
@@ -377,3 +379,19 @@ def test_a_full_queue_takes_the_number_that_the_others_wait_for(tmp_path):
             engine.submit(TENANT, client, "forward_backward", forward(5), seq=5)
         run(engine, client, "forward_backward", forward(2), seq=2)
         assert engine.wait(TENANT, late[1]["id"], SECONDS)["result"]["accumulated"] == 4
+
+
+def test_models_that_are_loaded_at_the_start_are_there_before_what_was_accepted_runs(tmp_path):
+    with open_engine(tmp_path, models={"small": "embedded/text"}) as engine:
+        client = engine.create_client(TENANT, CONFIG | {"model_ref": "small"})["id"]
+        late = engine.submit(TENANT, client, "optim_step", {}, seq=2)
+    params = EngineParams(state_dir=str(tmp_path), models={"small": "embedded/text"})
+    with Engine(params, preload=True) as engine:
+        assert engine._bases.loaded("small") is not None
+        run(engine, client, "forward_backward", forward(), seq=1)
+        assert engine.wait(TENANT, late["id"], SECONDS)["result"]["step"] == 1
+    missing = EngineParams(state_dir=str(tmp_path), models={"gone": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match="nowhere"):
+        Engine(missing, preload=True)
+    with Engine(params):  # the directory is free again
+        pass
