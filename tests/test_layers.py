@@ -28,6 +28,7 @@ LIGHT_AT_IMPORT = (
     "inft.client.schedule",
     "inft.client.store",
     "inft.client.audit",
+    "inft.client.manifest",
     "inft.client.sdk.",
     "inft.client.api.",
     "inft.sample",

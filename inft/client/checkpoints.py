@@ -4,7 +4,6 @@ adapter_model.safetensors and adapter_config.json are PEFT's; optimizer.safetens
 their names say, where there is any; state.json has the rest and the SHA-256 of the others. Nothing is pickled.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from inft.client.accumulator import Accumulator
+from inft.client.manifest import content_hash
 from inft.client.state import ADAPTER, GRADIENT, OPTIMIZER, LearnerState, of_prefix
-from inft.training.storage import file_sha256
+from inft.training.storage import STATE_FILE, file_sha256
 from params.client import TrainingConfig
 from params.client_resolve import as_mapping, training_config
 from params.errors import UserError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from inft.client.bases import Base
 
 VERSION = 1  # of state.json
-ADAPTER_FILE, SETTINGS_FILE, STATE_FILE = "adapter_model.safetensors", "adapter_config.json", "state.json"
+ADAPTER_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
 TENSOR_FILES = {ADAPTER: ADAPTER_FILE, OPTIMIZER: "optimizer.safetensors", GRADIENT: "gradient.safetensors"}
 FIELDS = ("version", "base", "config", "values", "info", "files")  # of state.json, beside its own hash
 ELSEWHERE = "The directory is damaged: use another checkpoint."
@@ -80,10 +80,10 @@ def write_checkpoint(
         "info": dict(info),
         "files": {path.name: file_sha256(path) for path in sorted(directory.iterdir())},
     }
-    content_hash = _digest(stored)
-    text = json.dumps({**stored, "content_hash": content_hash}, indent=2, sort_keys=True)
+    hashed = content_hash(stored)
+    text = json.dumps({**stored, "content_hash": hashed}, indent=2, sort_keys=True)
     (directory / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-    return Written(content_hash=content_hash, size_bytes=sum(path.stat().st_size for path in directory.iterdir()))
+    return Written(content_hash=hashed, size_bytes=sum(path.stat().st_size for path in directory.iterdir()))
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
@@ -187,7 +187,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     wrong = [name for name in FIELDS[1:] if not isinstance(stored.get(name), dict)]
     if wrong:
         raise UserError(f"{path} has no {wrong[0]}. {ELSEWHERE}")
-    if stored.get("content_hash") != _digest({name: stored[name] for name in FIELDS}):
+    if stored.get("content_hash") != content_hash({name: stored[name] for name in FIELDS}):
         raise UserError(f"{path} is not as it was written. {ELSEWHERE}")
     for name in (ADAPTER_FILE, SETTINGS_FILE):
         if name not in stored["files"]:
@@ -209,8 +209,3 @@ def _config(directory: Path, values: Any) -> TrainingConfig:
         return training_config(values)
     except UserError as error:
         raise UserError(f"{directory / STATE_FILE} has a configuration that is none: {error} {ELSEWHERE}") from error
-
-
-def _digest(stored: Mapping[str, Any]) -> str:
-    text = json.dumps(stored, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

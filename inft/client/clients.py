@@ -1,7 +1,6 @@
 """The training clients of all tenants: made once for a request, looked up by their tenant alone, and deleted."""
 
 import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -116,7 +115,7 @@ class Clients:
         if row.request_id is not None and (before := self._store.client_made_by(row.tenant, row.request_id)):
             return self.info(before)  # two requests at once: the worker makes one after the other
         learner = self._residents.create(row)
-        row = replace(row, config=as_mapping(learner.config), dp_metrics=learner.dp_metrics())
+        row = replace(row, dp_metrics=learner.dp_metrics())
         try:
             self._store.add_client(row, entry)
         except BaseException:
@@ -132,9 +131,7 @@ class Clients:
 
     def _deleted(self, row: ClientRow, entry: Values) -> None:
         self._store.delete_client(row.id, entry)
-        self._residents.drop(row.id)
-        for path in self._residents.snapshots_of(row.id):
-            shutil.rmtree(path, ignore_errors=True)
+        self._residents.delete(row.id)
 
 
 def _check_tenant(tenant: str) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inft.client.bases import Bases
+from inft.client.bases import Base, Bases
 from inft.client.checkpoints import Checkpoint, check_fits, read_checkpoint, write_checkpoint
-from inft.client.errors import ClientError, ClientUnavailable, Conflict, InternalError, InvalidRequest
+from inft.client.errors import ClientUnavailable, Conflict, InternalError, InvalidRequest
 from inft.client.learner import Learner
 from inft.client.operations import CHANGING, FORWARD_BACKWARD, LOAD_STATE, OPTIM_STEP, check_operation
 from inft.client.store import COMPLETED, ClientRow, OperationRow, Store
@@ -119,9 +119,11 @@ class Residents:
             )
         return {"snapshot": name, "snapshot_seq": seq}
 
-    def snapshots_of(self, client_id: str) -> list[Path]:
-        """Return the directories of a client's snapshots."""
-        return list(self._snapshots.glob(f"{client_id}-*"))
+    def delete(self, client_id: str) -> None:
+        """Forget a client and remove its snapshots, once no record names them."""
+        self.drop(client_id)
+        for path in self._snapshots.glob(f"{client_id}-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def stands_on(self, client_id: str, name: str) -> None:
         """Take note of a recorded snapshot and remove the one before."""
@@ -132,18 +134,24 @@ class Residents:
             shutil.rmtree(self._snapshots / before, ignore_errors=True)
 
     def store_all(self) -> None:
-        """Snapshot every client that has changed since its last one."""
+        """Snapshot every client that has changed since its last one, as far as the disk takes them."""
         for client_id in list(self._residents):
-            self._store_away(client_id)
+            self._stored(client_id)
 
-    def _store_away(self, client_id: str) -> None:
+    def _stored(self, client_id: str) -> bool:
+        """Whether all that a client has done is in a snapshot now; without one, the log still has it."""
         resident = self._residents[client_id]
         row = self._store.client(client_id)
         if row is None or not resident.dirty(row.snapshot_seq):
-            return
-        columns = self.snapshot(client_id, resident.applied)
-        self._store.set_client(client_id, columns)
+            return True
+        try:
+            columns = self.snapshot(client_id, resident.applied)
+            self._store.set_client(client_id, columns)
+        except (UserError, OSError) as error:
+            logger.warning("client %s could not be stored: %s", client_id, error)
+            return False
         self.stands_on(client_id, columns["snapshot"])
+        return True
 
     def _make_room(self, busy: Callable[[str], bool]) -> None:
         surplus = len(self._residents) - self._params.max_resident_clients + 1
@@ -151,16 +159,12 @@ class Residents:
         for client_id in idle_first:
             if surplus <= 0:
                 return
-            try:
-                self._store_away(client_id)
-            except (ClientError, UserError, OSError) as error:
-                # Another client's operation is not to fail of it: more than the limit are kept for the time being.
-                logger.warning("client %s could not be put away: %s", client_id, error)
-                continue
-            self.drop(client_id)
-            surplus -= 1
+            # One that cannot be stored stays, above the limit: another client's operation is not to fail of it.
+            if self._stored(client_id):
+                self.drop(client_id)
+                surplus -= 1
 
-    def _base(self, row: ClientRow) -> Any:
+    def _base(self, row: ClientRow) -> Base:
         return self._bases.get(str(row.config["model_ref"]))
 
     def _brought_back(self, row: ClientRow) -> Resident:

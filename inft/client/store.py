@@ -292,13 +292,19 @@ class Store:
             rows = self._db.execute(f"{query} ORDER BY seq", values).fetchall()
         return [_operation(row) for row in rows]
 
-    def last_change(self, client_id: str, before: int) -> OperationRow | None:
-        """Return the last operation under a number that ran or failed to, of those that make up a step; or None."""
-        return self._operation(
-            "client_id = ? AND seq < ? AND kind IN ('forward_backward', 'optim_step', 'load_state') "
-            "AND status IN ('completed', 'failed') ORDER BY seq DESC LIMIT 1",
-            (client_id, before),
+    def last_change(self, client_id: str, before: int) -> tuple[int, str, str]:
+        """Return number, kind and status of the last operation under a number that ran or failed to.
+
+        Of those that make up a step; (0, "", "") where there is none.
+        """
+        query = (
+            "SELECT seq, kind, status FROM operations WHERE client_id = ? AND seq < ? "
+            "AND kind IN ('forward_backward', 'optim_step', 'load_state') AND status IN ('completed', 'failed') "
+            "ORDER BY seq DESC LIMIT 1"
         )
+        with self._reading():
+            row = self._db.execute(query, (client_id, before)).fetchone()
+        return (0, "", "") if row is None else (row["seq"], row["kind"], row["status"])
 
     def last_seq(self, client_id: str) -> int:
         """Return a client's largest number, 0 without any operation."""

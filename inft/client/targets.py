@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from inft.models.modules import linear_modules, part_of, shape_of
-from inft.training.adapters import nearest_names
+from inft.training.adapters import named_layers, nearest_names
 from params.client import LoRAConfig
 from params.errors import UserError
 
@@ -84,8 +84,7 @@ def _check_size(targets: Sequence[str]) -> None:
 def _matches(target: str, names: Sequence[str], spec: "ModelSpec") -> list[str]:
     if "*" in target:
         return [name for name in names if glob_matches(target, name)]
-    named = [name for name in names if name == target or name.endswith(f".{target}")]
-    return [name for name in named if name == target or part_of(name, spec) != "vision"]
+    return named_layers(target, names, spec)
 
 
 def _no_match(target: str, names: Sequence[str], spec: "ModelSpec") -> str:

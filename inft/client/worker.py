@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from inft.client.errors import (
     ClientError,
     ClientPoisoned,
@@ -129,11 +131,7 @@ class Worker:
     def _end(self) -> None:
         with self._changed:
             self._refuse_calls()
-        try:
-            self._residents.store_all()
-        except (ClientError, UserError, OSError) as error:
-            # The log holds everything that the snapshots would have spared running again.
-            logger.warning("clients could not be stored at the end: %s", error)
+        self._residents.store_all()
 
     def _recorded(self, outcome: Outcome, entry: Mapping[str, Any]) -> bool:
         """Whether the log has taken the outcome; not so while the disk is full."""
@@ -189,7 +187,7 @@ class Worker:
             resident.applied = row.seq
             columns |= _columns(resident.learner, row)
             if self._needs_snapshot(resident, client, row, result):
-                columns |= self._snapshot(resident, row, result)
+                columns |= self._snapshot(resident, row)
         except ClientUnavailable:
             raise
         except (Exception, SystemExit) as error:
@@ -212,10 +210,10 @@ class Worker:
         """Refuse a private step after a forward_backward that failed: it would spend the budget on noise alone."""
         if row.kind != OPTIM_STEP or client.dp_metrics is None:
             return
-        before = self._store.last_change(row.client_id, row.seq)
-        if before is not None and before.kind == FORWARD_BACKWARD and before.status == FAILED:
+        before, kind, status = self._store.last_change(row.client_id, row.seq)
+        if kind == FORWARD_BACKWARD and status == FAILED:
             raise InvalidRequest(
-                f"forward_backward number {before.seq} failed, so its rows are not in this step, which would spend "
+                f"forward_backward number {before} failed, so its rows are not in this step, which would spend "
                 "privacy without them. Send them again and then optim_step; or optim_step once more, for a step "
                 "without them."
             )
@@ -281,7 +279,7 @@ class Worker:
         private = resident.learner.config.dp is not None
         return private or resident.learner.step - resident.snapshot_step >= self._params.snapshot_steps
 
-    def _snapshot(self, resident: Resident, row: OperationRow, result: Mapping[str, Any]) -> dict[str, Any]:
+    def _snapshot(self, resident: Resident, row: OperationRow) -> dict[str, Any]:
         try:
             return self._residents.snapshot(row.client_id, row.seq)
         except UserError as error:
@@ -323,8 +321,6 @@ def _columns(learner: Any, row: OperationRow) -> dict[str, Any]:
 
 def _is_of_the_device(error: BaseException) -> bool:
     """Whether nothing can run on the device any more, until the process is started again."""
-    import torch
-
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 

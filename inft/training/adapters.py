@@ -114,6 +114,12 @@ def exact_pattern(names: Iterable[str]) -> str:
     return "|".join(alternatives)
 
 
+def named_layers(target: str, names: Sequence[str], spec: ModelSpec) -> list[str]:
+    """Return the layers whose last components equal a plain name, the vision tower's by whole names only."""
+    named = [name for name in names if name == target or name.endswith(f".{target}")]
+    return [name for name in named if name == target or part_of(name, spec) != "vision"]
+
+
 def nearest_names(target: str, names: Sequence[str]) -> list[str]:
     """Return the last components of layers that are most like a target that matches none; at most three."""
     tails = {".".join(name.split(".")[-count:]) for name in names for count in (1, 2)}
@@ -122,8 +128,7 @@ def nearest_names(target: str, names: Sequence[str]) -> list[str]:
 
 def _matches(target: str, names: Sequence[str], spec: ModelSpec) -> list[str]:
     if re.fullmatch(r"[\w.]+", target):
-        named = [name for name in names if name == target or name.endswith(f".{target}")]
-        return [name for name in named if name == target or part_of(name, spec) != "vision"]
+        return named_layers(target, names, spec)
     try:
         return [name for name in names if re.fullmatch(target, name)]
     except re.error as error:

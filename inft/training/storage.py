@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from params.errors import UserError
 
 BEST_FILE = "best.json"  # beside a stored adapter: which step it is of and why
+STATE_FILE = "state.json"  # of a checkpoint of the training client: all but the tensors, and the files' SHA-256
 STAGING = ".inft-staging-"  # prefix of a directory that is being written; left over only by a killed run
 PREVIOUS = ".inft-previous-"  # prefix of a directory on its way out
 RESUME = "Free space there (or lower sft.save_total_limit), then run the same command with --resume."

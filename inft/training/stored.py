@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from inft.models import MODELS
 from inft.models.loading import OURS
-from inft.training.storage import BEST_FILE, file_sha256
+from inft.training.storage import BEST_FILE, STATE_FILE, file_sha256
 from params.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
-STATE_FILE = "state.json"  # of a checkpoint of the training client
 RUN_BEST = "best"  # where a run stores its adapter unless best_model_dir says otherwise
 COPY_AGAIN = "Copy the directory again."
 NAMED = 3  # tensors or files that a message names before it counts the others

@@ -197,14 +197,14 @@ def test_a_state_file_of_another_form_is_refused(intact, text):
     ],
 )
 def test_a_state_file_that_was_written_by_another_is_checked(intact, field, value, message):
-    from inft.client.checkpoints import _digest
+    from inft.client.manifest import content_hash
 
     files, directory = intact
     stored = json.loads(files[STATE_FILE])
     del stored["content_hash"]
     # With the files that must be there, under a hash that is right.
     stored[field] = {**stored["files"], **value} if field == "files" and value else value
-    text = json.dumps({**stored, "content_hash": _digest(stored)})
+    text = json.dumps({**stored, "content_hash": content_hash(stored)})
     put({**files, STATE_FILE: text.encode()}, directory)
     with pytest.raises(UserError, match=message):
         read_checkpoint(directory)

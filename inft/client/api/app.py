@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,13 +15,16 @@ from inft.client.api.auth import Keys
 from inft.client.api.errors import envelope, of_http, of_validation
 from inft.client.api.gate import Gate
 from inft.client.api.routes import router
-from inft.client.api.service import EngineLike, Service
+from inft.client.api.service import Service
 from inft.client.errors import ClientError, as_client_error
 from params.client import ServeParams
 from params.errors import UserError
 
+if TYPE_CHECKING:
+    from inft.client.engine import Engine
 
-def create_app(engine: EngineLike, params: ServeParams | None = None, *, keys: Keys | None = None) -> FastAPI:
+
+def create_app(engine: "Engine", params: ServeParams | None = None, *, keys: Keys | None = None) -> FastAPI:
     """Return the application; the engine stays the caller's to close, after the application has ended.
 
     The engine's `losses` and `any_model` say what callers may have imported and loaded: list the former, turn the

@@ -3,10 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 
@@ -14,6 +13,9 @@ from inft.client.api.auth import Keys
 from inft.client.api.limits import Limiter
 from inft.client.errors import ClientError
 from params.client import ServeParams
+
+if TYPE_CHECKING:
+    from inft.client.engine import Engine
 
 WORKERS = 16  # calls of the engine at once
 PLACES = 64  # long polls that wait at once; more of them take turns
@@ -28,64 +30,10 @@ Values = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-class EngineLike(Protocol):
-    """What the service asks of an engine: plain JSON values in and out, errors of inft.client.errors."""
-
-    def create_client(self, tenant: str, config: Mapping[str, Any], *, request_id: str | None = None) -> Values:
-        """Return ClientInfo of a new client."""
-
-    def get_client(self, tenant: str, client_id: str) -> Values:
-        """Return ClientInfo."""
-
-    def delete_client(self, tenant: str, client_id: str, *, request_id: str | None = None) -> None:
-        """Remove a client."""
-
-    def list_clients(self, tenant: str) -> list[Values]:
-        """Return ClientInfo of the tenant's clients."""
-
-    def submit(
-        self,
-        tenant: str,
-        client_id: str,
-        kind: str,
-        payload: Mapping[str, Any],
-        *,
-        seq: int | None = None,
-        request_id: str | None = None,
-    ) -> Values:
-        """Accept an operation and return FutureInfo."""
-
-    def future(self, tenant: str, future_id: str) -> Values:
-        """Return FutureInfo."""
-
-    def wait(self, tenant: str, future_id: str, timeout: float) -> Values:
-        """Return FutureInfo when the operation has ended, or after `timeout` seconds."""
-
-    def cancel(self, tenant: str, future_id: str) -> bool:
-        """Return whether the operation had not begun."""
-
-    def artifact(self, tenant: str, artifact_id: str) -> Values:
-        """Return what is known of a checkpoint."""
-
-    def artifact_path(self, tenant: str, artifact_id: str) -> Path:
-        """Return a checkpoint's directory."""
-
-    def audit_logs(self, tenant: str, *, after: int = 0, limit: int = 100) -> list[Values]:
-        """Return the tenant's audit entries."""
-
-    def health(self) -> Values:
-        """Return the engine's state."""
-
-    def record(
-        self, tenant: str, action: str, target: str, outcome: str, details: Mapping[str, Any], request_id: str | None
-    ) -> None:
-        """Append an audit entry."""
-
-
 class Service:
     """One service: an engine, who may use it, and how much of it."""
 
-    def __init__(self, engine: EngineLike, params: ServeParams, keys: Keys | None) -> None:
+    def __init__(self, engine: "Engine", params: ServeParams, keys: Keys | None) -> None:
         self.engine, self.params, self.keys = engine, params, keys
         self.tenants = Limiter(rate=params.rate_limit, burst=params.rate_burst)
         self.addresses = Limiter(rate=params.rate_limit, burst=params.rate_burst)

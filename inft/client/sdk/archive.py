@@ -1,6 +1,5 @@
 """A checkpoint that comes from elsewhere: a tar unpacked into an empty directory and nowhere else, and its check."""
 
-import hashlib
 import json
 import shutil
 import tarfile
@@ -8,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from inft.client.errors import InternalError
-from inft.training.storage import file_sha256
-
-STATE_FILE = "state.json"  # with the SHA-256 of the other files, and over all of that its own content_hash
+from inft.client.manifest import content_hash
+from inft.training.storage import STATE_FILE, file_sha256
 
 
 class _Stream:
@@ -43,18 +41,15 @@ def unpack(chunks: Iterator[bytes], directory: Path) -> None:
         raise InternalError(f"the checkpoint that the service sent is damaged ({error}): pull it again.") from error
 
 
-def check_content(directory: Path, content_hash: str) -> None:
-    """Raise InternalError, with the file, unless a checkpoint's files are those that `content_hash` was made of.
-
-    That is the SHA-256 of state.json without its own "content_hash", as JSON with sorted keys and no spaces.
-    """
+def check_content(directory: Path, wanted: str) -> None:
+    """Raise InternalError, with the file, unless a checkpoint's files are those of the content hash `wanted`."""
     try:
         stored = json.loads((directory / STATE_FILE).read_bytes())
         claimed, files = stored.pop("content_hash"), dict(stored["files"])
-        made_of = hashlib.sha256(json.dumps(stored, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        found = content_hash(stored)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(STATE_FILE) from error
-    if not claimed == made_of == content_hash:
+    if not claimed == found == wanted:
         raise _damaged(STATE_FILE)
     for path in sorted(directory.iterdir()):
         if path.name != STATE_FILE and files.pop(path.name, None) != file_sha256(path):
